@@ -1,0 +1,53 @@
+"""The recipe of the released CLIP models, shared by the configs named after them. Radford et al. 2021, section 2.5 and appendix F.
+
+Facts: 400 million pairs, 32 epochs, batch 32,768, AdamW with decay 0.2 (not on gains and biases), beta2 0.98, eps 1e-6 for ViT, 2,000 steps of
+warm-up, cosine to 0; a random square crop is the only augmentation; the temperature starts at 0.07 and exp(t) is clipped at 100.
+"""
+import ml_collections as ml
+
+from vlm_jax.configs.common import CLIP_MEAN, CLIP_STD, clip_pictures, zero_shot
+
+BATCH = 32_768
+STEPS = 400_000_000 * 32 // BATCH
+
+
+def pairs(name: str, preset: str, size: int, peak: float, arg) -> ml.ConfigDict:
+    """Returns the config of one released ViT model; `arg` has variant, shards, vocabulary, merges and data_dir."""
+    test = arg.variant == "test"
+    config = ml.ConfigDict()
+    config.name = name
+    config.seed = 0
+    size = 24 if test else size
+    if test:   # the same program, small: tiny towers, drawn pictures, SentencePiece in place of the published byte-pair merges
+        source = dict(name="shapes", split="train", size=32)
+        tokenizer = {"train_on": source, "vocab_size": 300}
+        config.model = dict(name="clip", preset="test")
+        length = 16
+    else:
+        source = dict(name="tar", path=arg.shards)
+        tokenizer = {"vocabulary": arg.vocabulary, "merges": arg.merges}
+        config.model = dict(name="clip", preset=preset)
+        length = 77
+    text = [["lowercase", {}], ["tokenize", {"tokenizer": tokenizer, "length": length, "bos": True, "eos": "sticky"}]]
+    crop = [["decode", {}], ["resize_shortest", {"size": size, "method": "bicubic"}], ["random_crop", {"size": size}],
+            ["normalize", {"mean": CLIP_MEAN, "std": CLIP_STD}]]
+    config.processor = dict(image=clip_pictures(size), text=text)
+    config.task = dict(name="contrastive", loss="softmax")
+    config.mesh = dict(data=-1, fsdp=1)
+    config.dtypes = dict(params="float32", compute="float32" if test else "bfloat16", softmax="float32")
+    config.stages = [dict(
+        steps=2 if test else STEPS,
+        data=dict(pairs=dict(source=source, processor=dict(image=crop, text=text), batch_size=8 if test else BATCH, workers=0 if test else 16)),
+        train=[(r".*", {})],
+        optimizer=dict(name="adamw", b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2),
+        schedule=dict(name="cosine", peak=peak, warmup=1 if test else 2_000),
+        clip=None,
+    )]
+    if test:
+        evaluation = zero_shot(dict(name="shapes", split="validation", size=32, limit=8), 2, templates=["a {}"])
+    else:
+        evaluation = zero_shot(dict(name="tfds", dataset="imagenet2012", split="validation", data_dir=arg.data_dir), 20_000, templates=["a photo of a {}."])
+    config.evaluations = dict(zero_shot=evaluation)
+    config.checkpoint = dict(every=2 if test else 5_000, keep=3)
+    config.log_every = 1 if test else 50
+    return config

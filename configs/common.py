@@ -1,0 +1,40 @@
+"""What the configs of dual encoders share: preprocessing lists and the evaluations of the quickstart."""
+from collections.abc import Sequence
+from typing import Any
+
+# Radford et al. 2021, the statistics that the released models were trained with.
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+
+
+def pictures(size: int, low: float = -1.0, high: float = 1.0, method: str = "bilinear") -> list:
+    """Image operations of SigLIP: decode, resize to a square whatever the aspect ratio, map 0..255 linearly to low..high."""
+    return [["decode", {}], ["resize", {"size": size, "method": method}], ["value_range", {"low": low, "high": high}]]
+
+
+def clip_pictures(size: int) -> list:
+    """Image operations of CLIP at evaluation: shortest side by bicubic, centre crop, the statistics of its training set."""
+    return [["decode", {}], ["resize_shortest", {"size": size, "method": "bicubic"}], ["center_crop", {"size": size}],
+            ["normalize", {"mean": CLIP_MEAN, "std": CLIP_STD}]]
+
+
+def trained_text(source: dict, vocab_size: int, length: int) -> list:
+    """Text operations of the quickstart: lower-case, SentencePiece trained on the captions of `source`, SigLIP's sticky end of sentence."""
+    tokenizer = {"train_on": source, "vocab_size": vocab_size}
+    return [["lowercase", {}], ["strip", {}], ["tokenize", {"tokenizer": tokenizer, "length": length, "eos": "sticky"}]]
+
+
+def loaded_text(path: str, length: int, *, canonical: bool) -> list:
+    """Text operations of the published models: a SentencePiece file, end of sentence kept when a caption is cut."""
+    first = "canonicalize" if canonical else "lowercase"
+    return [[first, {}], ["tokenize", {"tokenizer": {"path": path}, "length": length, "eos": "sticky"}]]
+
+
+def retrieval(source: dict, every: int, **settings: Any) -> dict:
+    """An evaluation section: retrieval both ways on a source."""
+    return dict(evaluator="retrieval", source=source, every=every, **settings)
+
+
+def zero_shot(source: dict, every: int, templates: Sequence[str] = ("{}",), **settings: Any) -> dict:
+    """An evaluation section: zero-shot classification over the class names of a source."""
+    return dict(evaluator="zero_shot", source=source, every=every, templates=list(templates), **settings)

@@ -1,0 +1,44 @@
+"""The quickstart: a small SigLIP on real pictures, emoji, with their English names. Zhai et al. 2023.
+
+Launch:   python -m vlm_jax.train --config configs/siglip/emoji.py --workdir runs/emoji          (or `make demo`; minutes on two CPU cores)
+Try here: python -m vlm_jax.train --config configs/siglip/emoji.py:variant=test --workdir runs/emoji_test
+Data:     1,600 or so pictures are never trained on: `heldout_attributes` holds combinations (skin tone x person x role) whose parts
+          were all seen, but never together.
+"""
+import ml_collections as ml
+
+from vlm_jax.configs.common import pictures, retrieval, trained_text
+from vlm_jax.training.config import parse_arg
+
+
+def get_config(arg=None):
+    """Returns the config; `arg` is "variant=full|test,steps=450"."""
+    arg = parse_arg(arg, variant="full", steps=450)
+    test = arg.variant == "test"
+    size = 24 if test else 48
+    train = dict(name="emoji", split="train", size=72)
+
+    config = ml.ConfigDict()
+    config.name = "siglip_emoji"
+    config.seed = 0
+    config.model = dict(name="siglip", preset="test" if test else "emoji")
+    # White, the background, becomes 0, so that empty patches carry nothing but their position.
+    config.processor = dict(image=pictures(size, -2.0, 0.0), text=trained_text(train, vocab_size=300 if test else 2048, length=16))
+    config.task = dict(name="contrastive", loss="sigmoid")
+    config.stages = [dict(
+        steps=2 if test else arg.steps,
+        data=dict(pairs=dict(source=train, batch_size=8 if test else 256)),
+        train=[(r".*", {})],
+        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4),
+        schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else 50),
+        clip=1.0,
+    )]
+    every = 2 if test else 150
+    limit = 24 if test else None
+    config.evaluations = dict(
+        heldout_attributes=retrieval(dict(name="emoji", split="heldout_attributes", size=72, limit=limit), every),
+        heldout_concepts=retrieval(dict(name="emoji", split="heldout_concepts", size=72, limit=limit), 10 * every),
+    )
+    config.checkpoint = dict(every=2 if test else 150, keep=2)
+    config.log_every = 1 if test else 10
+    return config

@@ -1,0 +1,41 @@
+"""SigLIP on emoji named in eleven languages; three more are held out. Zhai et al. 2023, section 4.3 (mSigLIP).
+
+Launch:   python -m vlm_jax.train --config configs/siglip/emoji_multilingual.py --workdir runs/emoji_multilingual
+Try here: python -m vlm_jax.train --config configs/siglip/emoji_multilingual.py:variant=test --workdir runs/emoji_multilingual_test
+"""
+import ml_collections as ml
+
+from vlm_jax.configs.common import pictures, retrieval, trained_text
+from vlm_jax.data.worlds.emoji_splits import HELDOUT_LANGUAGES, TRAIN_LANGUAGES
+from vlm_jax.training.config import parse_arg
+
+
+def get_config(arg=None):
+    """Returns the config; `arg` is "variant=full|test,steps=700"."""
+    arg = parse_arg(arg, variant="full", steps=700)
+    test = arg.variant == "test"
+    languages = list(TRAIN_LANGUAGES)
+    every_language = languages + list(HELDOUT_LANGUAGES)
+    train = dict(name="emoji", split="train", languages=languages, size=72)
+
+    config = ml.ConfigDict()
+    config.name = "siglip_emoji_multilingual"
+    config.seed = 0
+    config.model = dict(name="siglip", preset="test" if test else "emoji", text=dict(length=28))
+    config.processor = dict(image=pictures(24 if test else 48, -2.0, 0.0), text=trained_text(train, vocab_size=2000 if test else 8192, length=28))
+    config.task = dict(name="contrastive", loss="sigmoid")
+    config.stages = [dict(
+        steps=2 if test else arg.steps,
+        data=dict(pairs=dict(source=train, batch_size=8 if test else 256)),
+        train=[(r".*", {})],
+        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4),
+        schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else 50),
+        clip=1.0,
+    )]
+    every = 2 if test else 350
+    limit = 24 if test else None
+    held_out = dict(name="emoji", split="heldout_attributes", languages=every_language, size=72, limit=limit)
+    config.evaluations = dict(heldout_attributes=retrieval(held_out, every, languages=every_language))
+    config.checkpoint = dict(every=2 if test else 350, keep=2)
+    config.log_every = 1 if test else 10
+    return config

@@ -1,0 +1,44 @@
+"""A small SigLIP on drawn shapes: does it name a colour and a shape that it never saw together? Zhai et al. 2023.
+
+Needs no font and no download, so it is also what `make demo` falls back to.
+
+Launch:   python -m vlm_jax.train --config configs/siglip/shapes.py --workdir runs/shapes
+Try here: python -m vlm_jax.train --config configs/siglip/shapes.py:variant=test --workdir runs/shapes_test
+"""
+import ml_collections as ml
+
+from vlm_jax.configs.common import pictures, retrieval, trained_text, zero_shot
+from vlm_jax.training.config import parse_arg
+
+
+def get_config(arg=None):
+    """Returns the config; `arg` is "variant=full|test,steps=500"."""
+    arg = parse_arg(arg, variant="full", steps=500)
+    test = arg.variant == "test"
+    size = 24 if test else 48
+    train = dict(name="shapes", split="train", size=size)
+
+    config = ml.ConfigDict()
+    config.name = "siglip_shapes"
+    config.seed = 0
+    config.model = dict(name="siglip", preset="test" if test else "shapes")
+    config.processor = dict(image=pictures(size, -2.0, 0.0), text=trained_text(train, vocab_size=300, length=16))
+    config.task = dict(name="contrastive", loss="sigmoid")
+    config.stages = [dict(
+        steps=2 if test else arg.steps,
+        data=dict(pairs=dict(source=train, batch_size=8 if test else 128)),
+        train=[(r".*", {})],
+        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4),
+        schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else 50),
+        clip=1.0,
+    )]
+    every = 2 if test else 250
+    held_out = dict(name="shapes", split="heldout_pairs", size=size, limit=24 if test else 1000)
+    config.evaluations = dict(
+        heldout_pairs=zero_shot(held_out, every, templates=["a {}"]),
+        seen_pairs=zero_shot(dict(held_out, split="validation"), every, templates=["a {}"]),
+        search=retrieval(dict(held_out, limit=24 if test else 200), 10 * every),
+    )
+    config.checkpoint = dict(every=2 if test else 250, keep=2)
+    config.log_every = 1 if test else 10
+    return config

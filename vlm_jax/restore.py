@@ -1,0 +1,50 @@
+"""`vlm_jax.load(workdir)`: a trained run as a model, its parameters, its preprocessing and its config."""
+import dataclasses
+import os
+from typing import Any
+
+from vlm_jax.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A trained run.
+
+    Attributes:
+      model: the Linen module; `model.apply({"params": params}, image, tokens)`.
+      params: nested dict of arrays (the moving average where the run keeps one).
+      processor: the preprocessing that the weights were trained with.
+      config: the resolved config, plain dicts and lists.
+      step: the training step of the weights.
+    """
+    model: Any
+    params: Any
+    processor: Any
+    config: dict[str, Any]
+    step: int
+
+    def predictor(self, batch_size: int = 64):
+        """Returns a `vlm_jax.evaluation.predictor.Predictor`: embeddings of lists of images and texts."""
+        from vlm_jax.evaluation.predictor import Predictor
+        return Predictor(self.model, self.params, self.processor, batch_size=batch_size)
+
+
+def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
+    """Loads the run in `workdir` at `step` (default: the newest checkpoint that verifies).
+
+    Raises:
+      CheckpointError: if there is no run, no such step, or its data does not match its digests.
+    """
+    from vlm_jax import registry
+    from vlm_jax.data.processor import Processor
+    from vlm_jax.training.checkpoints import restore_parameters
+    from vlm_jax.training.config import load_saved
+    from vlm_jax.training.stages import stage_sections
+
+    workdir = os.fspath(workdir)
+    if not os.path.exists(os.path.join(workdir, "config.json")) and "://" not in workdir:
+        raise CheckpointError(f"{workdir}: no config.json, so this is not a run; train one with python -m vlm_jax.train --config FILE --workdir {workdir}.")
+    config = load_saved(workdir)
+    sections = stage_sections(config, -1)
+    params, step = restore_parameters(workdir, step)
+    return Loaded(registry.build(**sections["model"]), params, Processor.load(os.path.join(workdir, "processor.json")), config, step)
