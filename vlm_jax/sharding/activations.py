@@ -1,7 +1,7 @@
 """Activations are constrained by logical names; one table says which mesh axes a name is split over.
 
-Modules write `x = constrain(x, "batch", "sequence", "embed")` and know no mesh. The loop enters the mesh with `jax.set_mesh(mesh)`; without one, on one device, and inside
-`jax.shard_map` (where the axes are manual and every array is already local) a constraint does nothing.
+Modules write `x = constrain(x, "batch", "sequence", "embed")` and know no mesh. The loop enters the mesh with `jax.set_mesh(mesh)`; without one, on
+one device, and inside `jax.shard_map` (where the axes are manual and every array is already local) a constraint does nothing.
 """
 import math
 
@@ -29,9 +29,9 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 def logical_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh) -> PartitionSpec:
     """The partition of an array of `shape` whose axes carry the logical `names`, on `mesh` (concrete or abstract).
 
-    A name of None, or one whose table row is empty, is replicated: that keeps the sharding of a parameter (fsdp) from spreading into the activations. Mesh axes that the mesh
-    lacks, that are manual (inside `shard_map`) or of size one are passed over, and of the rest the longest prefix that divides the dimension is used; where none
-    does the dimension is left to the compiler.
+    A name of None, or one whose table row is empty, is replicated: that keeps the sharding of a parameter (fsdp) from spreading into the
+    activations. Mesh axes that the mesh lacks, that are manual (inside `shard_map`) or of size one are passed over, and of the rest the longest
+    prefix that divides the dimension is used; where none does the dimension is left to the compiler.
     Raises:
       ValueError: for a name that is not in the table, or when names and dimensions differ in number.
     """
