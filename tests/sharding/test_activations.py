@@ -1,8 +1,8 @@
 """Constraints by logical names, read from compiled programs."""
 import jax
 import jax.numpy as jnp
-import pytest
 from jax.sharding import PartitionSpec as P
+import pytest
 
 from vlm_jax.sharding import LOGICAL_AXES, constrain, logical_spec, make_mesh
 

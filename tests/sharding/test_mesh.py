@@ -5,10 +5,9 @@ import sys
 from types import SimpleNamespace
 
 import jax
+from jax.sharding import AxisType, Mesh, PartitionSpec as P
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
-from jax.sharding import PartitionSpec as P
 
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.sharding import batch_sharding, make_mesh, process_part, put_batch, replicated

@@ -1,10 +1,10 @@
 """Parameter rules, checked on the arrays and programs that come out."""
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.sharding import batch_sharding, make_mesh, parameter_shardings, state_shardings

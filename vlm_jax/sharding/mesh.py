@@ -1,11 +1,11 @@
 """The device mesh, and the layout of a batch on it: rows are split over the axes `data` and `fsdp`, everything else is replicated."""
-import math
 from collections.abc import Mapping, Sequence
+import math
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 from vlm_jax.errors import ConfigError, DataError
 

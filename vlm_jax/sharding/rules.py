@@ -8,8 +8,8 @@ A rule's regex must match the whole path (`image/blocks/attention/query/kernel`)
 
 so `tensor:-1,fsdp` splits the last axis over `tensor` and the largest of the others over `fsdp`.
 """
-import re
 from collections.abc import Sequence
+import re
 from typing import Any
 
 import jax
