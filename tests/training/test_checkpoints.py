@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back on any mesh, what is damaged is noticed, what belongs elsewhere is refused."""
 import logging
 import os
+from pathlib import Path
 import shutil
 
 import jax
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 from vlm_jax.errors import CheckpointError
-from vlm_jax.training.checkpoints import Checkpoints, flatten, restore_parameters
+from vlm_jax.training.checkpoints import Checkpoints, DamagedCheckpoint, flatten, restore_parameters
 
 
 def make_tree(seed=0, width=6):
@@ -103,16 +104,18 @@ def test_a_flipped_bit_in_a_data_file_is_noticed(tmp_path, caplog, seed):
         for step, tree in enumerate(trees):
             checkpoints.save(step, tree)
     largest = max(files(tmp_path / "c" / "1" / "state"), key=os.path.getsize)
-    content = bytearray(open(largest, "rb").read())
+    content = bytearray(Path(largest).read_bytes())
     content[len(content) // 3 + 1000 * seed] ^= 1 << random.integers(8)
-    open(largest, "wb").write(content)
+    Path(largest).write_bytes(content)
     with caplog.at_level(logging.WARNING):
         restored, _ = Checkpoints(tmp_path / "c").restore(trees[0])
     assert_same(restored, trees[0])
     assert "1 is damaged" in caplog.text and "going on from" in caplog.text
-    with pytest.raises(CheckpointError, match="no sound checkpoint"):
+    with pytest.raises(DamagedCheckpoint, match="no sound checkpoint"):
         Checkpoints(tmp_path / "c").restore(trees[0], step=1)
-    np.testing.assert_array_equal(restore_parameters(tmp_path / "c")["kernel"], trees[0]["params"]["kernel"])
+    params, step = restore_parameters(tmp_path / "c")
+    assert step == 0
+    np.testing.assert_array_equal(params["kernel"], trees[0]["params"]["kernel"])
 
 
 def truncate(path):
@@ -195,10 +198,11 @@ def test_another_model_is_refused_with_a_difference(folder):
 
 
 def test_parts_as_numpy_without_the_model(folder):
-    params = restore_parameters(folder.parent)
+    params, step = restore_parameters(folder.parent, which="params")
+    assert step == 3
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
     assert_same(params, jax.tree.map(np.asarray, make_tree(3)["params"]))
-    assert_same(restore_parameters(folder, step=1, which="ema"), jax.tree.map(np.asarray, make_tree(1)["ema"]))
+    assert_same(restore_parameters(folder, step=1)[0], jax.tree.map(np.asarray, make_tree(1)["ema"]))
     with pytest.raises(CheckpointError, match='has no "teacher"; it has ema, optimizer, params, state'):
         restore_parameters(folder, which="teacher")
     with pytest.raises(CheckpointError, match="there is no checkpoint"):

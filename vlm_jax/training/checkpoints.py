@@ -25,6 +25,10 @@ _SHOWN = 8      # lines of a difference that fit on a screen
 _log = logging.getLogger(__name__)
 
 
+class DamagedCheckpoint(CheckpointError):
+    """The step that was asked for exists, but is not what was saved; an older one may be sound."""
+
+
 class _Damaged(Exception):
     """A step whose files cannot be read or do not hold what was saved."""
 
@@ -131,7 +135,8 @@ class Checkpoints:
         Returns:
           The tree, and the metadata given to `save`.
         Raises:
-          CheckpointError: there is no such step, none is sound, or the arrays are those of another model.
+          DamagedCheckpoint: the given step, or every step, is damaged.
+          CheckpointError: there is no such step, or the arrays are those of another model.
         """
         self.wait()
         wanted = flatten(abstract_tree)
@@ -150,7 +155,7 @@ class Checkpoints:
             if damages:
                 _log.warning("WARNING: going on from checkpoint %s/%d; later steps were damaged and will be trained again.", self.folder, candidate)
             return jax.tree.unflatten(jax.tree.structure(abstract_tree), list(restored.values())), meta["metadata"]
-        raise CheckpointError(f"{self.folder}: no sound checkpoint ({'; '.join(damages)}); give another step or begin in an empty workdir.")
+        raise _nothing_sound(self.folder, damages)
 
     def _candidates(self, step: int | None) -> list[int]:
         present = self.steps()
@@ -200,38 +205,37 @@ class Checkpoints:
         return _cannot_save(self.folder, step, error)
 
 
-def restore_parameters(workdir: Any, step: int | None = None, which: str = "params") -> dict[str, Any]:
+def restore_parameters(workdir: Any, step: int | None = None, which: str | None = None) -> tuple[dict[str, Any], int]:
     """Reads one part of a checkpoint as numpy, without knowing the model: for evaluation, export and notebooks.
 
     Args:
       workdir: the folder of the run (its `checkpoints/` is read) or the checkpoints folder itself.
       step: None is the newest sound step.
-      which: "params", "ema", or another key of the saved tree.
+      which: "params", "ema" or another key of the saved tree; None is "ema" where the run keeps one, else "params".
     Returns:
-      A nested dict of numpy arrays, verified against their digests.
+      A nested dict of numpy arrays, verified against their digests, and the step they are of.
     Raises:
-      CheckpointError: no checkpoint, no sound one, or no such part.
+      DamagedCheckpoint: the given step, or every step, is damaged.
+      CheckpointError: there is no checkpoint, or it has no such part.
     """
     folder = _path(workdir)
     if (folder / "checkpoints").exists():
         folder = folder / "checkpoints"
-    checkpoints = Checkpoints(folder)
     damages = []
-    for candidate in checkpoints._candidates(step):
+    for candidate in Checkpoints(folder)._candidates(step):
         path = folder / str(candidate)
         try:
             meta = _read_meta(path)
-            leaves = {name: leaf for name, leaf in meta["leaves"].items() if name.split("/")[0] == which}
-            if not leaves:
-                parts = sorted({name.split("/")[0] for name in meta["leaves"]})
-                raise CheckpointError(f'{path}: the checkpoint has no "{which}"; it has {", ".join(parts) or "nothing"}.')
-            arrays = _read_arrays(path, {name: None for name in leaves}, leaves)
+            parts = sorted({name.split("/")[0] for name in meta["leaves"]})
+            part = which or ("ema" if "ema" in parts else "params")
+            if part not in parts:
+                raise CheckpointError(f'{path}: the checkpoint has no "{part}"; it has {", ".join(parts) or "nothing"}.')
+            leaves = {name: leaf for name, leaf in meta["leaves"].items() if name.split("/")[0] == part}
+            return _nested(_read_arrays(path, dict.fromkeys(leaves), leaves))[part], candidate
         except _Damaged as damage:
             damages.append(f"{candidate}: {damage}")
             _log.warning("WARNING: checkpoint %s is damaged (%s).", path, damage)
-            continue
-        return _nested(arrays)[which]
-    raise CheckpointError(f"{folder}: no sound checkpoint ({'; '.join(damages)}); give another step or train again.")
+    raise _nothing_sound(folder, damages)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -334,9 +338,9 @@ def _empty(leaf: Any, stored: Mapping[str, Any]) -> Any:
 
 def _compare(wanted: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> None:
     """Raises a CheckpointError that lists how the wanted leaves differ from the stored ones in path, shape and dtype."""
-    expected = {name: f"{str(_dtype(leaf))}{list(np.shape(leaf))}" for name, leaf in wanted.items()}
+    expected = {name: f"{_dtype(leaf)}{list(np.shape(leaf))}" for name, leaf in wanted.items()}
     present = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in stored.items()}
-    lines = [f"{name}: {present[name]} in the checkpoint, {expected[name]} here" for name in expected if name in present and present[name] != expected[name]]
+    lines = [f"{name}: {present[name]} in the checkpoint, {here} here" for name, here in expected.items() if present.get(name, here) != here]
     lines += [f"{name}: missing in the checkpoint" for name in expected if name not in present]
     lines += [f"{name}: only in the checkpoint" for name in present if name not in expected]
     if lines:
@@ -359,6 +363,10 @@ def _path(folder: Any):
     path = epath.Path(folder)
     # Orbax wants absolute paths; remote ones are.
     return path if "://" in str(folder) else path.expanduser().absolute()
+
+
+def _nothing_sound(folder: Any, damages: list[str]) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{folder}: no sound checkpoint ({'; '.join(damages)}); give another step, or train in an empty workdir.")
 
 
 def _cannot_save(folder: Any, step: int | None, error: Exception) -> CheckpointError:

@@ -1,0 +1,58 @@
+"""A file that grows: appended on a local disk, rewritten from memory now and then on object stores, which cannot append."""
+import os
+import time
+from typing import Any
+
+_REWRITE_SECONDS = 30.0
+
+
+def is_remote(path: Any) -> bool:
+    """Whether `path` is on an object store (gs://..., s3://...)."""
+    return "://" in str(path)
+
+
+class AppendFile:
+    """`write` adds bytes; they are on disk, or soon on the object store, without the file ever being closed.
+
+    Args:
+      path: where; the folder is made.
+      keep: what the file holds at first; it replaces an older file in one move.
+    """
+
+    def __init__(self, path: Any, keep: bytes = b""):
+        self.path = path
+        self._remote = is_remote(path)
+        self._written_at = 0.0
+        if self._remote:
+            self._content = bytearray(keep)
+            self._rewrite()
+        else:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temporary = f"{path}.tmp"
+            with open(temporary, "wb") as file:
+                file.write(keep)
+            os.replace(temporary, path)
+            self._file = open(path, "ab", buffering=0)     # closed by close(); unbuffered: a kill loses nothing written
+
+    def write(self, data: bytes) -> None:
+        """Adds `data` at the end."""
+        if not self._remote:
+            self._file.write(data)
+            return
+        self._content += data
+        if time.monotonic() - self._written_at > _REWRITE_SECONDS:
+            self._rewrite()
+
+    def close(self) -> None:
+        """Makes sure that all is written; may be called twice."""
+        if self._remote:
+            self._rewrite()
+        else:
+            self._file.close()
+
+    def _rewrite(self) -> None:
+        from etils import epath
+        path = epath.Path(self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(self._content))
+        self._written_at = time.monotonic()
