@@ -1,0 +1,174 @@
+"""Matrix-product FLOPs counted from the jaxpr, useful FLOPs of a training step, and the peak to compare them with.
+
+XLA's own cost analysis counts the body of a loop once, so these counts are made from what JAX traces: `dot_general` and convolutions, 2 per
+multiply-add.
+"""
+from collections.abc import Callable, Sequence
+import math
+import time
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.training.trees import flatten
+
+# Dense bfloat16 peak of one JAX device in FLOP/s, by the start of `device.device_kind`, longest first.
+# TPU: cloud.google.com/tpu/docs/system-architecture (v2, v3: a device is one of a chip's two cores). GPU: NVIDIA's data sheets, without sparsity.
+PEAK_FLOPS: dict[str, float] = {
+    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4 lite": 138e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12,
+    "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+    "Tesla V100": 125e12, "Tesla T4": 65e12, "NVIDIA A10G": 70e12, "NVIDIA A100": 312e12, "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12,
+    "NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA GH200": 989e12, "NVIDIA B200": 2250e12,
+}
+
+
+def count_flops(function: Callable, *args: Any) -> float:
+    """Returns the matrix-product FLOPs of `function(*args)` as traced; args may be shapes (`jax.ShapeDtypeStruct`).
+
+    Loops count times their length, `cond` its dearest branch, a `shard_map` its body times the devices, a Pallas kernel its body times the grid, a
+    `while` of unknown length one turn. Rematerialised products count as often as they are computed: for useful work see `training_flops`.
+    """
+    jaxpr = jax.make_jaxpr(function)(*args)
+    return _walk(jaxpr.jaxpr, [False] * len(jaxpr.jaxpr.invars))[0]
+
+
+def gradient_flops(function: Callable, params: Any, *args: Any, trained: Callable[[str], bool] = lambda path: True) -> float:
+    """Returns the useful matrix-product FLOPs of `function(params, *args)` and its gradient with respect to the trained part of `params`.
+
+    A product costs its forward FLOPs once, and once more for each of its two factors that depends on a trained parameter: the familiar factor 3,
+    less for products with data or with frozen towers. Computing anything again, by rematerialisation or in the backward pass of a ring, is not
+    useful work and does not count.
+
+    Args:
+      trained: tells from a parameter's path whether its gradient is wanted.
+    """
+    jaxpr = jax.make_jaxpr(function)(params, *args)
+    active = [bool(trained(path)) for path in flatten(params)]
+    active += [False] * (len(jaxpr.jaxpr.invars) - len(active))
+    forward, backward, _ = _walk(jaxpr.jaxpr, active)
+    return forward + backward
+
+
+def training_flops(task: Any, params: Any, state: Any, batch: Any, rules: Any = None) -> float:
+    """Returns the useful matrix-product FLOPs of one training step of a task on all devices; arguments may be shapes.
+
+    Args:
+      rules: the stage's `Rules`; without them every parameter counts as trained.
+    """
+    def loss(params, state, batch):
+        terms, _, _ = task.loss(params, state, batch, jax.random.key(0), jnp.zeros((), jnp.int32))
+        return [value for value, _ in terms.values()]
+    moves = (lambda path: rules.leaves[path].moves) if rules is not None else (lambda path: True)
+    return gradient_flops(loss, params, state, batch, trained=moves)
+
+
+def model_flop_utilisation(flops: float, seconds: float, peak: float, devices: int = 1) -> float:
+    """Returns the share of the peak, `flops / seconds / (peak * devices)`; `flops` is the useful work of all devices in `seconds`."""
+    return flops / seconds / (peak * devices)
+
+
+def peak_flops(device: Any = None) -> float | None:
+    """Returns the bfloat16 matrix-product peak of a device in FLOP/s from `PEAK_FLOPS`; on CPU it is measured; None if the kind is unknown."""
+    device = device or jax.devices()[0]
+    if device.platform == "cpu":
+        return measure_matmul_peak()
+    for kind in sorted(PEAK_FLOPS, key=len, reverse=True):
+        if device.device_kind.startswith(kind):
+            return PEAK_FLOPS[kind]
+    return None
+
+
+def measure_matmul_peak(dtype: Any = jnp.float32, size: int = 1024, seconds: float = 0.3, device: Any = None) -> float:
+    """Measures the FLOP/s of square matrix products on one device: the fastest of repeated runs during about `seconds`."""
+    device = device or jax.devices()[0]
+    x = jax.device_put(jnp.asarray(np.random.default_rng(0).standard_normal((size, size)), dtype) / math.sqrt(size), device)
+    product = jax.jit(lambda a: a @ a)
+    product(x).block_until_ready()
+    best, until = math.inf, time.perf_counter() + seconds
+    while True:
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        end = time.perf_counter()
+        best = min(best, end - start)
+        if end >= until:
+            return 2.0 * size ** 3 / best
+
+
+def _walk(jaxpr: Jaxpr, active: Sequence[bool]) -> tuple[float, float, list[bool]]:
+    """Returns (forward FLOPs, gradient FLOPs, which outputs depend on active inputs) of a jaxpr whose inputs are active or not."""
+    depends = dict(zip(jaxpr.invars, active))
+    depends.update(dict.fromkeys(jaxpr.constvars, False))
+    forward = backward = 0.0
+    for equation in jaxpr.eqns:
+        inputs = [not isinstance(var, Literal) and depends[var] for var in equation.invars]
+        first, second, outputs = _equation(equation, inputs)
+        forward, backward = forward + first, backward + second
+        for var, on in zip(equation.outvars, outputs):
+            depends[var] = on and jnp.issubdtype(var.aval.dtype, jnp.inexact)
+    return forward, backward, [not isinstance(var, Literal) and depends[var] for var in jaxpr.outvars]
+
+
+def _equation(equation: Any, inputs: list[bool]) -> tuple[float, float, list[bool]]:
+    name, values = equation.primitive.name, equation.params
+    everywhere = [any(inputs)] * len(equation.outvars)
+    if name in ("dot_general", "conv_general_dilated"):
+        work = _dot(equation) if name == "dot_general" else _convolution(equation)
+        return work, work * sum(inputs[:2]), everywhere
+    if name == "scan":
+        return _scan(values, inputs)
+    if name == "while":
+        skipped, constants = values["cond_nconsts"], values["body_nconsts"]
+        carry = inputs[skipped + constants:]
+        return _until_stable(values["body_jaxpr"].jaxpr, inputs[skipped:skipped + constants], carry)
+    if name == "cond":
+        branches = [_walk(branch.jaxpr, inputs[1:]) for branch in values["branches"]]
+        dearest = max(branches, key=lambda branch: branch[0] + branch[1])
+        return dearest[0], dearest[1], [any(flags) for flags in zip(*(branch[2] for branch in branches))]
+    if name == "stop_gradient":
+        return 0.0, 0.0, [False] * len(equation.outvars)
+    inner = [value for value in values.values() if isinstance(value, (Jaxpr, ClosedJaxpr))]
+    if not inner:
+        return 0.0, 0.0, everywhere
+    jaxpr = inner[0].jaxpr if isinstance(inner[0], ClosedJaxpr) else inner[0]
+    times = 1
+    if name == "shard_map":
+        times = math.prod(values["mesh"].shape[axis] for axis in values["newly_manual_axes"])
+    elif name == "pallas_call":   # works on references, so what depends on what cannot be followed inside
+        work = _walk(jaxpr, [False] * len(jaxpr.invars))[0] * math.prod(values["grid_mapping"].grid)
+        return work, 2 * work * any(inputs), everywhere
+    if len(jaxpr.invars) != len(inputs):
+        inputs = [any(inputs)] * len(jaxpr.invars)
+    forward, backward, outputs = _walk(jaxpr, inputs)
+    return forward * times, backward * times, outputs if len(outputs) == len(everywhere) else everywhere
+
+
+def _scan(values: dict[str, Any], inputs: list[bool]) -> tuple[float, float, list[bool]]:
+    constants, carried = values["num_consts"], values["num_carry"]
+    split = constants + carried
+    forward, backward, outputs = _until_stable(values["jaxpr"].jaxpr, inputs[:constants], inputs[constants:split], inputs[split:])
+    return forward * values["length"], backward * values["length"], outputs
+
+
+def _until_stable(jaxpr: Jaxpr, constants: list[bool], carry: list[bool], rest: Sequence[bool] = ()) -> tuple[float, float, list[bool]]:
+    """Walks a loop's body until what the carry depends on no longer grows."""
+    while True:
+        forward, backward, outputs = _walk(jaxpr, [*constants, *carry, *rest])
+        grown = [old or new for old, new in zip(carry, outputs)]
+        if grown == list(carry):
+            return forward, backward, outputs
+        carry = grown
+
+
+def _dot(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+
+
+def _convolution(equation: Any) -> float:
+    kernel = equation.invars[1].aval.shape
+    channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / channels
