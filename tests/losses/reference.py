@@ -40,7 +40,7 @@ def value_and_gradients(name, chunked, mesh=None):
 
 
 def assert_same(got, wanted, arguments, tolerance=1e-6):
-    """Values and gradients agree relative to their largest entry, the scalars' relative to the magnitude of the terms that they sum (contrastive.py)."""
+    """Values and gradients agree relative to their largest entry, the scalars' relative to the size of the terms that they sum (contrastive.py)."""
     (values, gradients), (wanted_values, wanted_gradients) = got, wanted
     for a, b in zip(values, wanted_values):
         assert abs(float(a) - float(b)) <= tolerance * max(abs(float(b)), 1e-3), (a, b)

@@ -62,7 +62,7 @@ def _spread(layout: Layout, function: Callable, rows_in: tuple[bool, ...], rows_
 
 
 def _around(layout: Layout, step: Callable, carry: Any, travelling: Any) -> tuple[Any, Any]:
-    """Runs `carry, travelling = step(hop, carry, travelling)` once for every block: at hop 0 each device meets its own, after the last all are home."""
+    """Runs `carry, travelling = step(hop, carry, travelling)` once a block: at hop 0 each device meets its own, after the last all are home."""
     if layout.devices == 1:
         return step(0, carry, travelling)
     ring = [(k, (k + 1) % layout.devices) for k in range(layout.devices)]
