@@ -96,7 +96,7 @@ def test_bad_records_have_reasons(processor, change, reason):
     del record[next(iter(change))]
     with pytest.raises(DataError) as error:
         processor(record)
-    assert error.value.reason in ("image_missing", "caption_missing")
+    assert error.value.reason in ("image_missing", "caption_missing") and str(error.value).startswith("record: there")
 
 
 def test_a_caption_that_the_operations_empty_is_a_bad_record(text):

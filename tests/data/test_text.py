@@ -5,6 +5,7 @@ import pytest
 
 from vlm_jax.data import text
 from vlm_jax.data.operations import apply, build
+from vlm_jax.data.tokenizer_training import train_sentencepiece
 from vlm_jax.errors import ConfigError, DataError
 
 
@@ -93,6 +94,19 @@ def test_tokens_outside_the_vocabulary_are_an_error(value):
 def test_settings_are_checked(settings, message):
     with pytest.raises(ConfigError, match=message):
         tokenize("a", **settings)
+
+
+def test_tokens_match_the_siglip_tokenizer_of_transformers(tmp_path):
+    from transformers.models.siglip.tokenization_siglip import SiglipTokenizer
+    path = tmp_path / "x.model"
+    captions = [f"a {color} {shape} on a {other} {shape}" for color in ("red", "blue") for other in ("grey", "black") for shape in ("circle", "star")]
+    path.write_bytes(train_sentencepiece(captions, 300))
+    reference = SiglipTokenizer(str(path), model_input_names=["input_ids"])
+    settings = {"tokenizer": {"path": str(path)}, "length": 16, "eos": "sticky", "pad_id": 1}
+    ours = build("text", [["canonicalize"], ["tokenize", settings]])
+    for value in ("A red CIRCLE!", "x", "a blue star on a grey star, a red circle on a black star", "日本語 Übung", "  many   spaces "):
+        expected = reference(value, padding="max_length", truncation=True, max_length=16)["input_ids"]
+        assert apply(ours, value).tolist() == expected, value
 
 
 def test_a_tokenizer_without_marks_says_so():

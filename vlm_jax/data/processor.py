@@ -81,10 +81,11 @@ class Processor:
         height, width, _ = shapes.pop()
         return height, width
 
-    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None, name: str = "record") -> dict[str, np.ndarray]:
+    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None, name: str = "") -> dict[str, np.ndarray]:
         """Returns {"image": float32 [H, W, 3], "tokens": int32 [T]} of a record, each if the processor has operations for it.
 
         With an rng a caption is drawn from `texts` and the random operations are random; without, the first caption and the deterministic forms.
+        `name` is put in front of error messages.
 
         Raises:
           DataError: with a `reason`: those of `decode_image`, image_too_small, image_too_long, caption_missing, caption_not_text,
@@ -93,14 +94,15 @@ class Processor:
         result = {}
         if self._image:
             if record.get("image") is None:
-                raise problem("image_missing", f"{name}: there is no image; give the record one or leave it out.")
+                raise problem("image_missing", f"{name or 'record'}: there is no image; give the record one or leave it out.")
             result["image"] = _named(name, operations.apply, self._image, record["image"], rng)
         if self._text:
             result["tokens"] = _named(name, operations.apply, self._text, self.caption(record, rng, name), rng)
         return result
 
-    def caption(self, record: Mapping[str, Any], rng: np.random.Generator | None = None, name: str = "record") -> str:
+    def caption(self, record: Mapping[str, Any], rng: np.random.Generator | None = None, name: str = "") -> str:
         """Returns the caption that the record is trained on: one of its texts by the rng, or the first."""
+        name = name or "record"
         texts = record.get("texts")
         if texts is None or (isinstance(texts, (list, tuple)) and not texts):
             raise problem("caption_missing", f"{name}: there are no captions; give the record texts or leave it out.")
@@ -187,6 +189,8 @@ def _check_caption(text: Any, name: str) -> str:
 
 def _named(name: str, function, *arguments):
     """Calls `function`; a DataError from it gets the record's name in front."""
+    if not name:
+        return function(*arguments)
     try:
         return function(*arguments)
     except DataError as error:
