@@ -5,6 +5,7 @@ from typing import Any
 # Radford et al. 2021, the statistics that the released models were trained with.
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+CLIP_VALUES = [["value_range", {"low": 0.0, "high": 1.0}], ["normalize", {"mean": CLIP_MEAN, "std": CLIP_STD}]]
 
 
 def pictures(size: int, low: float = -1.0, high: float = 1.0, method: str = "bilinear") -> list:
@@ -14,8 +15,7 @@ def pictures(size: int, low: float = -1.0, high: float = 1.0, method: str = "bil
 
 def clip_pictures(size: int) -> list:
     """Image operations of CLIP at evaluation: shortest side by bicubic, centre crop, the statistics of its training set."""
-    return [["decode", {}], ["resize_shortest", {"size": size, "method": "bicubic"}], ["center_crop", {"size": size}],
-            ["normalize", {"mean": CLIP_MEAN, "std": CLIP_STD}]]
+    return [["decode", {}], ["resize_shortest", {"size": size, "method": "bicubic"}], ["center_crop", {"size": size}], *CLIP_VALUES]
 
 
 def trained_text(source: dict, vocab_size: int, length: int) -> list:

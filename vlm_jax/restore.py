@@ -47,4 +47,4 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
     config = load_saved(workdir)
     sections = stage_sections(config, -1)
     params, step = restore_parameters(workdir, step)
-    return Loaded(registry.build(**sections["model"]), params, Processor.load(os.path.join(workdir, "processor.json")), config, step)
+    return Loaded(registry.build(**sections["model"], dtypes=sections["dtypes"]), params, Processor.load(os.path.join(workdir, "processor.json")), config, step)

@@ -1,6 +1,7 @@
 """CLIP ViT-L/14 at 224 px, on your own webdataset shards. Radford et al. 2021.
 
-Launch:   python -m vlm_jax.train --config configs/clip/l14.py:shards=gs://BUCKET/shards-{000000..009999}.tar,vocabulary=vocab.json,merges=merges.txt --workdir gs://BUCKET/run
+Launch:   python -m vlm_jax.train --config configs/clip/l14.py:shards=gs://BUCKET/shards-{000000..009999}.tar,tokenizer=FOLDER --workdir gs://BUCKET/run
+          (FOLDER holds the released vocab.json and merges.txt)
 Expected: ImageNet zero-shot top-1 75.5 with 80 templates (quoted, table 11). Measured: not trained by us.
 Try here: python -m vlm_jax.train --config configs/clip/l14.py:variant=test --workdir runs/clip_l14
 """
@@ -9,6 +10,6 @@ from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,shards=...,vocabulary=...,merges=...,data_dir=..."."""
-    arg = parse_arg(arg, variant="full", shards="pairs-{000000..000999}.tar", vocabulary="vocab.json", merges="merges.txt", data_dir="")
+    """Returns the config; `arg` is "variant=full|test,shards=...,tokenizer=...,data_dir=..."."""
+    arg = parse_arg(arg, variant="full", shards="pairs-{000000..000999}.tar", tokenizer="clip_tokenizer", data_dir="")
     return pairs("clip_l14", "l14-224", size=224, peak=4e-4, arg=arg)

@@ -5,14 +5,14 @@ warm-up, cosine to 0; a random square crop is the only augmentation; the tempera
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import CLIP_MEAN, CLIP_STD, clip_pictures, zero_shot
+from vlm_jax.configs.common import CLIP_VALUES, clip_pictures, zero_shot
 
 BATCH = 32_768
 STEPS = 400_000_000 * 32 // BATCH
 
 
 def pairs(name: str, preset: str, size: int, peak: float, arg) -> ml.ConfigDict:
-    """Returns the config of one released ViT model; `arg` has variant, shards, vocabulary, merges and data_dir."""
+    """Returns the config of one released ViT model; `arg` has variant, shards, tokenizer and data_dir."""
     test = arg.variant == "test"
     config = ml.ConfigDict()
     config.name = name
@@ -25,12 +25,11 @@ def pairs(name: str, preset: str, size: int, peak: float, arg) -> ml.ConfigDict:
         length = 16
     else:
         source = dict(name="tar", path=arg.shards)
-        tokenizer = {"vocabulary": arg.vocabulary, "merges": arg.merges}
+        tokenizer = {"clip": arg.tokenizer}
         config.model = dict(name="clip", preset=preset)
         length = 77
     text = [["lowercase", {}], ["tokenize", {"tokenizer": tokenizer, "length": length, "bos": True, "eos": "sticky"}]]
-    crop = [["decode", {}], ["resize_shortest", {"size": size, "method": "bicubic"}], ["random_crop", {"size": size}],
-            ["normalize", {"mean": CLIP_MEAN, "std": CLIP_STD}]]
+    crop = [["decode", {}], ["resize_shortest", {"size": size, "method": "bicubic"}], ["random_crop", {"size": size}], *CLIP_VALUES]
     config.processor = dict(image=clip_pictures(size), text=text)
     config.task = dict(name="contrastive", loss="softmax")
     config.mesh = dict(data=-1, fsdp=1)

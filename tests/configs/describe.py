@@ -10,7 +10,7 @@ from vlm_jax.sharding.mesh import make_mesh
 from vlm_jax.sharding.rules import parameter_shardings
 from vlm_jax.tasks import build_task
 from vlm_jax.training.config import load_config, resolve
-from vlm_jax.training.parameters import leaf_paths
+from vlm_jax.training.trees import flatten
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -30,11 +30,11 @@ def golden_path(config_file: str) -> Path:
 def describe(config_file: str) -> str:
     """Resolved config and, a line a leaf, path, shape, dtype and sharding. Nothing is allocated."""
     config = resolve(load_config(config_file))
-    task = build_task(config["task"], registry.build(**config["model"]))
+    task = build_task(config["task"], registry.build(**config["model"], dtypes=config["dtypes"]))
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     shardings = parameter_shardings(make_mesh(data=2, fsdp=4), shapes)
     lines = [json.dumps(config, indent=1, sort_keys=True), ""]
-    for (path, leaf), (_, sharding) in zip(leaf_paths(shapes), leaf_paths(shardings)):
+    for (path, leaf), (_, sharding) in zip(flatten(shapes).items(), flatten(shardings).items()):
         lines.append(f"{path} {leaf.shape} {leaf.dtype} {sharding.spec}")
     return "\n".join(lines) + "\n"
 

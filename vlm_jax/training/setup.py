@@ -1,0 +1,168 @@
+"""From a resolved config to what one stage trains with: model, task, mesh, data, optimiser, the compiled step."""
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vlm_jax import registry
+from vlm_jax.data.loader import Loader
+from vlm_jax.data.processor import Processor
+from vlm_jax.data.sources import build_source
+from vlm_jax.errors import ConfigError
+from vlm_jax.settings import call
+from vlm_jax.sharding.mesh import make_mesh, process_part
+from vlm_jax.sharding.rules import parameter_shardings
+from vlm_jax.tasks import build_task
+from vlm_jax.training.gradients import ema_update, value_and_gradients
+from vlm_jax.training.optimizers import Optimizer, build_optimizer
+from vlm_jax.training.stages import Rules, Stage, read_stages
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSettings:
+    """One stream of a stage's data: the keyword arguments of `stages[i].data.STREAM`."""
+    source: Mapping[str, Any]
+    batch_size: int
+    processor: Mapping[str, Any] | None = None
+    workers: int = 0
+    threads: int = 2
+    prefetch: int = 2
+    on_bad: str = "skip"
+    bad_budget: float = 0.001
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What one stage trains with.
+
+    Attributes:
+      first, last: the steps of the run that this stage takes: it ends when `step == last`.
+      processor: the preprocessing of evaluation and inference; streams may have their own.
+      abstract_state: shapes and dtypes of the training state with their shardings on `mesh`.
+      step: jitted (state, batch, number) -> (state, metrics); the state is donated.
+    """
+    stage: Stage
+    first: int
+    last: int
+    model: Any
+    processor: Processor
+    task: Any
+    mesh: jax.sharding.Mesh
+    rules: Rules
+    optimizer: Optimizer
+    loaders: Mapping[str, Loader]
+    seed: int
+    abstract_state: Any
+    step: Callable
+
+    def batches(self, start: int) -> Iterator[dict[str, dict]]:
+        """Yields {stream: batch} in numpy from batch `start` of this stage on."""
+        streams = {name: loader.batches(start) for name, loader in self.loaders.items()}
+        while True:
+            yield {name: next(stream) for name, stream in streams.items()}
+
+    def initial_state(self, params=None) -> dict:
+        """Returns the training state at the stage's first step, on the mesh; `params` replaces the random ones."""
+        def initialise(rng):
+            return make_state(self.task, self.optimizer, self.stage.ema, self.task.init(rng))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        if params is None:
+            return jax.jit(initialise, out_shardings=shardings)(jax.random.key(self.seed))
+        params = jax.tree.map(lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding), params, self.abstract_state["params"])
+        return jax.jit(lambda p: make_state(self.task, self.optimizer, self.stage.ema, p), out_shardings=shardings)(params)
+
+
+def make_state(task, optimizer: Optimizer, ema: Mapping | None, params) -> dict:
+    """Returns {"params", "optimizer", "task"} and, where the stage keeps a moving average, "ema"."""
+    state = {"params": params, "optimizer": optimizer.init(params), "task": task.initial_state()}
+    if ema:
+        state["ema"] = params
+    return state
+
+
+def build(config: Mapping[str, Any], index: int, stages: list[Stage], devices=None) -> Parts:
+    """Builds everything of stage `index` of a resolved config.
+
+    Raises:
+      ConfigError: naming the key, for whatever cannot work: unknown names and settings, sizes of model and data that do not fit, a mesh without devices.
+    """
+    stage = stages[index]
+    where = f"stages[{index}]"
+    sections = stage.sections
+    mesh = call(make_mesh, sections["mesh"], "mesh", devices=devices)
+    model = registry.build(**sections["model"], dtypes=sections["dtypes"])
+    processor = call(Processor, sections["processor"], "processor")
+    task = build_task(sections["task"], model, mesh=mesh)
+    check_fit(model, processor, "processor")
+
+    loaders = {}
+    for number, (name, settings) in enumerate(sorted(stage.data.items())):
+        stream = call(StreamSettings, settings, f"{where}.data.{name}")
+        own = call(Processor, stream.processor, f"{where}.data.{name}.processor") if stream.processor else processor
+        check_fit(model, own, f"{where}.data.{name}.processor")
+        divisor = mesh.shape["data"] * mesh.shape["fsdp"]
+        if stream.batch_size % divisor:
+            raise ConfigError(f"{where}.data.{name}.batch_size={stream.batch_size} does not divide by data*fsdp={divisor} devices; "
+                              f"choose a multiple of {divisor} or a smaller mesh.")
+        source = build_source(stream.source)
+        loaders[name] = Loader(source, own, stream.batch_size, seed=config["seed"] + 1000 * index + number, workers=stream.workers, threads=stream.threads,
+                               prefetch=stream.prefetch, on_bad=stream.on_bad, bad_budget=stream.bad_budget, part=process_part(mesh))
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    rules = Rules(stage.train, shapes, where=f"{where}.train")
+    optimizer = build_optimizer(stage.optimizer, stage.schedule, stage.steps, rules, clip=stage.clip, where=where)
+
+    abstract = jax.eval_shape(lambda rng: make_state(task, optimizer, stage.ema, task.init(rng)), jax.random.key(0))
+    abstract = place(abstract, mesh, config.get("sharding"))
+    first = sum(earlier.steps for earlier in stages[:index])
+    step = make_step(task, optimizer, stage, abstract, config["seed"], first)
+    return Parts(stage, first, first + stage.steps, model, processor, task, mesh, rules, optimizer, loaders, config["seed"] + index, abstract, step)
+
+
+def check_fit(model, processor: Processor, where: str) -> None:
+    """Raises a ConfigError where the processor's pictures or tokens are not what the model takes."""
+    shapes = model.input_shapes()
+    if processor.image_size is not None and "image" in shapes and tuple(processor.image_size) != tuple(shapes["image"][:2]):
+        raise ConfigError(f"{where}.image gives pictures of {tuple(processor.image_size)} pixels, the model takes {tuple(shapes['image'][:2])}; "
+                          "change the resize or model.image.image_size.")
+    if processor.length is not None and "tokens" in shapes and processor.length != shapes["tokens"][0]:
+        raise ConfigError(f"{where}.text gives {processor.length} tokens, the model takes {shapes['tokens'][0]}; change tokenize.length or model.text.length.")
+    if processor.vocab_size is not None and processor.vocab_size > model.text["vocab_size"]:
+        raise ConfigError(f"{where}.text: the tokenizer has {processor.vocab_size} entries, the model's table {model.text['vocab_size']}; raise model.text.vocab_size.")
+
+
+def place(abstract, mesh: jax.sharding.Mesh, rules=None):
+    """Returns the abstract state with a sharding on every leaf; optimiser and moving average lie as the parameters they belong to."""
+    shardings = parameter_shardings(mesh, abstract, rules)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if leaf.ndim else replicated), abstract, shardings)
+
+
+def make_step(task, optimizer: Optimizer, stage: Stage, abstract_state, seed: int, first: int) -> Callable:
+    """Returns the jitted training step (state, batch, number) -> (state, metrics).
+
+    `number` counts the steps of the whole run; random keys are folded from it, so that a resumed run draws what the undisturbed one draws. A step whose
+    loss or gradient is not finite changes nothing and says so in `metrics["finite"]`.
+    """
+    gradients_of = value_and_gradients(task, stage.accumulate, f"stages[{stage.index}].accumulate")
+
+    def train_step(state, batch, number):
+        rng = jax.random.fold_in(jax.random.key(seed), number)
+        (loss, task_state, metrics), gradients = gradients_of(state["params"], state["task"], batch, rng, number)
+        params, optimizer_state, facts = optimizer.update(gradients, state["optimizer"], state["params"], number - first)
+        new = {"params": params, "optimizer": optimizer_state, "task": task_state}
+        if stage.ema:
+            new["ema"] = ema_update(state["ema"], params, number - first, **stage.ema)
+        finite = jnp.isfinite(loss) & jnp.isfinite(facts["gradient_norm"])
+        new = jax.tree.map(lambda fresh, old: jnp.where(finite, fresh, old), new, state)
+        return new, {"loss": loss, "finite": finite, **facts, **metrics}
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def read(config: Mapping[str, Any]) -> list[Stage]:
+    """Returns the checked stages of a resolved config."""
+    return read_stages(config)
