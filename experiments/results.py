@@ -3,8 +3,8 @@ import datetime
 import json
 import math
 import os
-import platform
 from pathlib import Path
+import platform
 import shlex
 import sys
 import time
