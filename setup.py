@@ -5,7 +5,7 @@ import re
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "vlm_jax" / "__init__.py").read_text(), re.MULTILINE).group(1)
+VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "vlm_jax" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE).group(1)
 
 TEST = ["pytest>=9", "pytest-xdist>=3.8", "pytest-timeout>=2.4", "hypothesis>=6.100", "ruff>=0.17,<0.18", "setuptools>=77",
         "tensorboardX>=2.6.5"]
@@ -15,7 +15,7 @@ setup(
     name="vlm_jax",
     version=VERSION,
     description="Vision-language models in JAX/Flax",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
