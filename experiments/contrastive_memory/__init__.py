@@ -1,0 +1,1 @@
+"""How much temporary memory the ring of the contrastive losses needs; see README.md."""

@@ -1,0 +1,1 @@
+"""Whether the mesh changes the loss curve; see README.md."""
