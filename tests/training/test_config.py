@@ -16,8 +16,9 @@ def small():
     config.model = dict(name="siglip", preset="test")
     config.processor = dict(image=[["decode", {}]], text=[["tokenize", {"length": 8}]])
     config.task = dict(name="contrastive", loss="sigmoid")
-    config.stages = [dict(steps=20, data=dict(pairs=dict(source=dict(name="shapes"), batch_size=8)), train=[(r"image/.*", None), (r".*", {})],
-                          optimizer=dict(name="adamw", b2=0.95), schedule=dict(name="cosine", peak=1e-3, warmup=2))]
+    config.stages = [dict(
+        steps=20, data=dict(pairs=dict(source=dict(name="shapes"), batch_size=8)), train=[(r"image/.*", None), (r".*", {})],
+        optimizer=dict(name="adamw", b2=0.95), schedule=dict(name="cosine", peak=1e-3, warmup=2))]
     return config
 
 
@@ -29,7 +30,8 @@ def message(error, function, *args):
 
 
 def test_parse_arg_takes_types_from_the_defaults():
-    arg = configs.parse_arg("steps=12,rate=1,flag,name=a=b,shards=x-{0,1}.tar,size=None", steps=3, rate=0.5, flag=False, name="", shards="", size=None)
+    text = "steps=12,rate=1,flag,name=a=b,shards=x-{0,1}.tar,size=None"
+    arg = configs.parse_arg(text, steps=3, rate=0.5, flag=False, name="", shards="", size=None)
     assert (arg.steps, arg.rate, arg.flag, arg.name, arg.shards, arg.size) == (12, 1.0, True, "a=b", "x-{0,1}.tar", None)
     assert isinstance(arg.rate, float)
     assert configs.parse_arg(None, steps=3).steps == configs.parse_arg("", steps=3).steps == 3
@@ -78,13 +80,15 @@ def test_load_config_messages(tmp_path):
 def test_overrides_reach_into_lists_and_optional_sections():
     config = small()
     changed = configs.apply_overrides(config, ["config.seed=7", "stages.0.steps=10", "--config.stages.-1.schedule.peak=1", "model.preset=b16-224",
-                                               "mesh.fsdp=2", "stages.0.clip=None", "stages.0.accumulate.micro_batches=4", "stages.0.train.0.0=text/.*",
+                                               "mesh.fsdp=2", "stages.0.clip=None", "stages.0.accumulate.micro_batches=4",
+                                               "stages.0.train.0.0=text/.*",
                                                "model.text.length=28", "stages.0.optimizer.weight_decay=0.1", "processor.text.0.1.length=16"])
     stage = changed.stages[0]
     assert (changed.seed, stage["steps"], stage["schedule"]["peak"], changed.model.preset, changed.mesh.fsdp) == (7, 10, 1.0, "b16-224", 2)
     assert isinstance(stage["schedule"]["peak"], float)
     assert stage["clip"] is None and stage["accumulate"] == {"micro_batches": 4} and stage["train"][0] == ["text/.*", None]
-    assert changed.model.text.length == 28 and stage["optimizer"]["weight_decay"] == 0.1 and changed.processor.text[0][1]["length"] == 16
+    assert changed.model.text.length == 28 and changed.processor.text[0][1]["length"] == 16
+    assert stage["optimizer"]["weight_decay"] == 0.1
     assert config.stages[0]["steps"] == 20 and "seed" not in config   # the original is left alone
     assert plain(configs.apply_overrides(plain(config), [])) == plain(configs.apply_overrides(config, []))
 
@@ -127,7 +131,8 @@ def test_resolve_fills_in_defaults_and_is_idempotent():
     resolved = configs.resolve(small())
     assert resolved["schema_version"] == 1 and resolved["mesh"]["data"] == -1 and resolved["dtypes"]["compute"] == "float32"
     stage = resolved["stages"][0]
-    assert stage["clip"] == 1.0 and stage["train"] == [["image/.*", None], [".*", {}]] and stage["init_from"] is None and "sections" not in stage
+    assert stage["clip"] == 1.0 and stage["train"] == [["image/.*", None], [".*", {}]] and stage["init_from"] is None
+    assert "sections" not in stage
     assert json.loads(json.dumps(resolved)) == resolved == configs.resolve(resolved) == configs.resolve(ml.ConfigDict(resolved))
 
 
@@ -143,7 +148,8 @@ def test_resolve_fills_in_defaults_and_is_idempotent():
     (lambda c: c.stages[0].update(index=0), 'stages[0].index: there is no such key.'),
     (lambda c: c.stages[0]["optimizer"].update(beta2=0.9), "stages[0].optimizer.beta2: adamw takes no such setting."),
     (lambda c: c.stages[0]["optimizer"].update(name="adamww"), 'stages[0].optimizer.name: "adamww" is unknown. Did you mean "adamw"?'),
-    (lambda c: c.stages[0]["schedule"].update(warmup=21), "stages[0].schedule: warmup=21 do not fit into steps=20; shorten the warm-up or train longer."),
+    (lambda c: c.stages[0]["schedule"].update(warmup=21),
+     "stages[0].schedule: warmup=21 do not fit into steps=20; shorten the warm-up or train longer."),
     (lambda c: c.stages[0].update(train=[("image/.*", None)]), 'stages[0].train: the last rule is "image/.*"; end with'),
     (lambda c: c.stages[0].update(ema={"decya": 0.9}), 'stages[0].ema.decya: there is no such key. Did you mean "decay"?'),
     (lambda c: c.stages[0].update(init_from={"previous": True}), "stages[0].init_from.previous: there is no stage before the first; name a workdir."),
@@ -158,13 +164,15 @@ def test_resolve_messages(change, expected):
 def test_stages_see_the_global_sections_with_their_own_laid_over():
     from vlm_jax.training.stages import read_stages, stage_sections
     config = small()
-    config.stages = [dict(config.stages[0]), dict(config.stages[0], steps=5, model=dict(image=dict(size=48)), mesh=dict(fsdp=2), task=dict(loss="softmax"))]
+    second = dict(config.stages[0], steps=5, model=dict(image=dict(size=48)), mesh=dict(fsdp=2), task=dict(loss="softmax"))
+    config.stages = [dict(config.stages[0]), second]
     resolved = configs.resolve(config)
     first, second = read_stages(resolved)
     assert (first.first, first.last, second.first, second.last, second.index) == (0, 20, 20, 25, 1)
     assert first.sections["model"] == {"name": "siglip", "preset": "test"}
     assert second.sections["model"] == {"name": "siglip", "preset": "test", "image": {"size": 48}}
-    assert second.sections["mesh"]["fsdp"] == 2 and second.sections["task"]["loss"] == "softmax" and second.sections["processor"] == resolved["processor"]
+    assert second.sections["mesh"]["fsdp"] == 2 and second.sections["task"]["loss"] == "softmax"
+    assert second.sections["processor"] == resolved["processor"]
     assert stage_sections(resolved, -1) == second.sections
 
 

@@ -16,7 +16,8 @@ PARAMS = {
 
 def test_paths_and_virtual_paths():
     table = flatten(PARAMS)
-    assert set(table) == {"image/blocks/mlp/up/kernel", "image/blocks/mlp/up/bias", "image/norm/scale", "text/blocks/out/kernel", "text/embedding", "logit_scale"}
+    assert set(table) == {"image/blocks/mlp/up/kernel", "image/blocks/mlp/up/bias", "image/norm/scale", "text/blocks/out/kernel", "text/embedding",
+                          "logit_scale"}
     assert list(flatten(unflatten(table))) == list(table)
     assert virtual_paths("image/blocks/mlp/up/kernel", (2, 3)) == ["image/blocks/0/mlp/up/kernel", "image/blocks/1/mlp/up/kernel"]
     assert virtual_paths("text/embedding", (7, 3)) == ["text/embedding"]
@@ -54,7 +55,8 @@ def test_frozen_layers_are_exactly_those_named(layers):
 @pytest.mark.parametrize("train, expected", [
     ([("imgae/.*", None), (".*", {})], 't[0]: "imgae/.*" matches no parameter.'),
     ([("image/blocks/4/.*", None), (".*", {})], 't[0]: "image/blocks/4/.*" matches no parameter.'),
-    ([("image/.*", {}), ("image/norm/.*", None), (".*", {})], 't[1]: "image/norm/.*" decides nothing, earlier rules match all of its parameters; move it up'),
+    ([("image/.*", {}), ("image/norm/.*", None), (".*", {})],
+     't[1]: "image/norm/.*" decides nothing, earlier rules match all of its parameters; move it up'),
     ([("image/.*", {})], 't: the last rule is "image/.*"; end with (".*", {}) or (".*", None), so that every parameter is decided.'),
     ([(".*", None)], "t freezes every parameter; let at least one rule train."),
     ([("image/(", None), (".*", {})], 't[0]: "image/(" is not a regular expression'),

@@ -29,10 +29,11 @@ def count_flops(function: Callable, *args: Any) -> float:
     """Returns the matrix-product FLOPs of `function(*args)` as traced; args may be shapes (`jax.ShapeDtypeStruct`).
 
     Loops count times their length, `cond` its dearest branch, a `shard_map` its body times the devices, a Pallas kernel its body times the grid, a
-    `while` of unknown length one turn. Rematerialised products count as often as they are computed: for useful work see `training_flops`.
+    `while` of unknown length one turn; what the result does not depend on, nothing. Rematerialised products count as often as they are computed: for
+    useful work see `training_flops`.
     """
     jaxpr = jax.make_jaxpr(function)(*args)
-    return _walk(jaxpr.jaxpr, [False] * len(jaxpr.jaxpr.invars))[0]
+    return _count(jaxpr, [False] * len(jaxpr.jaxpr.invars))[0]
 
 
 def gradient_flops(function: Callable, params: Any, *args: Any, trained: Callable[[str], bool] = lambda path: True) -> float:
@@ -48,8 +49,7 @@ def gradient_flops(function: Callable, params: Any, *args: Any, trained: Callabl
     jaxpr = jax.make_jaxpr(function)(params, *args)
     active = [bool(trained(path)) for path in flatten(params)]
     active += [False] * (len(jaxpr.jaxpr.invars) - len(active))
-    forward, backward, _ = _walk(jaxpr.jaxpr, active)
-    return forward + backward
+    return sum(_count(jaxpr, active))
 
 
 def training_flops(task: Any, params: Any, state: Any, batch: Any, rules: Any = None) -> float:
@@ -97,34 +97,60 @@ def measure_matmul_peak(dtype: Any = jnp.float32, size: int = 1024, seconds: flo
             return 2.0 * size ** 3 / best
 
 
-def _walk(jaxpr: Jaxpr, active: Sequence[bool]) -> tuple[float, float, list[bool]]:
-    """Returns (forward FLOPs, gradient FLOPs, which outputs depend on active inputs) of a jaxpr whose inputs are active or not."""
+def _count(jaxpr: ClosedJaxpr, active: Sequence[bool]) -> tuple[float, float]:
+    outputs = [True] * len(jaxpr.jaxpr.outvars)
+    return _walk(jaxpr.jaxpr, active, outputs, outputs)[:2]
+
+
+def _walk(jaxpr: Jaxpr, active: Sequence[bool], wanted: Sequence[bool], pulled: Sequence[bool]) -> tuple[float, float, list[bool]]:
+    """Returns (forward FLOPs, gradient FLOPs, which outputs depend on active inputs) of a jaxpr.
+
+    Args:
+      active: which inputs depend on a trained parameter.
+      wanted, pulled: which outputs are used at all, and which of them the gradient flows back from; the rest of the work is left out.
+    """
+    live = {var for var, on in zip(jaxpr.outvars, wanted) if on and not isinstance(var, Literal)}
+    pulling = {var for var, on in zip(jaxpr.outvars, pulled) if on and not isinstance(var, Literal)}
+    work = []
+    for equation in reversed(jaxpr.eqns):
+        used, back = [var in live for var in equation.outvars], [var in pulling for var in equation.outvars]
+        if not any(used) and not equation.effects:
+            continue
+        work.append((equation, used, back))
+        inputs = {var for var in equation.invars if not isinstance(var, Literal)}
+        live |= inputs
+        if any(back) and equation.primitive.name != "stop_gradient":
+            pulling |= inputs
+
     depends = dict(zip(jaxpr.invars, active))
     depends.update(dict.fromkeys(jaxpr.constvars, False))
     forward = backward = 0.0
-    for equation in jaxpr.eqns:
+    for equation, used, back in reversed(work):
         inputs = [not isinstance(var, Literal) and depends[var] for var in equation.invars]
-        first, second, outputs = _equation(equation, inputs)
+        first, second, outputs = _equation(equation, inputs, used, back)
         forward, backward = forward + first, backward + second
         for var, on in zip(equation.outvars, outputs):
             depends[var] = on and jnp.issubdtype(var.aval.dtype, jnp.inexact)
-    return forward, backward, [not isinstance(var, Literal) and depends[var] for var in jaxpr.outvars]
+    return forward, backward, [not isinstance(var, Literal) and depends.get(var, False) for var in jaxpr.outvars]
 
 
-def _equation(equation: Any, inputs: list[bool]) -> tuple[float, float, list[bool]]:
+def _equation(equation: Any, inputs: list[bool], used: list[bool], back: list[bool]) -> tuple[float, float, list[bool]]:
     name, values = equation.primitive.name, equation.params
     everywhere = [any(inputs)] * len(equation.outvars)
     if name in ("dot_general", "conv_general_dilated"):
         work = _dot(equation) if name == "dot_general" else _convolution(equation)
-        return work, work * sum(inputs[:2]), everywhere
+        return work, work * sum(inputs[:2]) * any(back), everywhere
     if name == "scan":
-        return _scan(values, inputs)
+        split = values["num_consts"] + values["num_carry"]
+        forward, backward, outputs = _loop(values["jaxpr"].jaxpr, inputs[:values["num_consts"]], inputs[values["num_consts"]:split], inputs[split:],
+                                           used[values["num_carry"]:], back)
+        return forward * values["length"], backward * values["length"], outputs
     if name == "while":
-        skipped, constants = values["cond_nconsts"], values["body_nconsts"]
-        carry = inputs[skipped + constants:]
-        return _until_stable(values["body_jaxpr"].jaxpr, inputs[skipped:skipped + constants], carry)
+        skipped = values["cond_nconsts"]
+        split = skipped + values["body_nconsts"]
+        return _loop(values["body_jaxpr"].jaxpr, inputs[skipped:split], inputs[split:], [], [], back)
     if name == "cond":
-        branches = [_walk(branch.jaxpr, inputs[1:]) for branch in values["branches"]]
+        branches = [_walk(branch.jaxpr, inputs[1:], used, back) for branch in values["branches"]]
         dearest = max(branches, key=lambda branch: branch[0] + branch[1])
         return dearest[0], dearest[1], [any(flags) for flags in zip(*(branch[2] for branch in branches))]
     if name == "stop_gradient":
@@ -137,27 +163,24 @@ def _equation(equation: Any, inputs: list[bool]) -> tuple[float, float, list[boo
     if name == "shard_map":
         times = math.prod(values["mesh"].shape[axis] for axis in values["newly_manual_axes"])
     elif name == "pallas_call":   # works on references, so what depends on what cannot be followed inside
-        work = _walk(jaxpr, [False] * len(jaxpr.invars))[0] * math.prod(values["grid_mapping"].grid)
-        return work, 2 * work * any(inputs), everywhere
+        work = _walk(jaxpr, [False] * len(jaxpr.invars), [], [])[0] * math.prod(values["grid_mapping"].grid)
+        return work, 2 * work * (any(inputs) and any(back)), everywhere
     if len(jaxpr.invars) != len(inputs):
         inputs = [any(inputs)] * len(jaxpr.invars)
-    forward, backward, outputs = _walk(jaxpr, inputs)
+    if len(jaxpr.outvars) != len(used):
+        used, back = [True] * len(jaxpr.outvars), [any(back)] * len(jaxpr.outvars)
+    forward, backward, outputs = _walk(jaxpr, inputs, used, back)
     return forward * times, backward * times, outputs if len(outputs) == len(everywhere) else everywhere
 
 
-def _scan(values: dict[str, Any], inputs: list[bool]) -> tuple[float, float, list[bool]]:
-    constants, carried = values["num_consts"], values["num_carry"]
-    split = constants + carried
-    forward, backward, outputs = _until_stable(values["jaxpr"].jaxpr, inputs[:constants], inputs[constants:split], inputs[split:])
-    return forward * values["length"], backward * values["length"], outputs
-
-
-def _until_stable(jaxpr: Jaxpr, constants: list[bool], carry: list[bool], rest: Sequence[bool] = ()) -> tuple[float, float, list[bool]]:
-    """Walks a loop's body until what the carry depends on no longer grows."""
+def _loop(jaxpr: Jaxpr, constants: list[bool], carry: list[bool], rest: list[bool], used: list[bool],
+          back: list[bool]) -> tuple[float, float, list[bool]]:
+    """Walks a loop's body until what the carry depends on no longer grows; of the carry everything counts as used."""
+    used, back = [True] * len(carry) + used, [any(back)] * len(carry) + back[len(carry):]
     while True:
-        forward, backward, outputs = _walk(jaxpr, [*constants, *carry, *rest])
+        forward, backward, outputs = _walk(jaxpr, [*constants, *carry, *rest], used, back)
         grown = [old or new for old, new in zip(carry, outputs)]
-        if grown == list(carry):
+        if grown == carry:
             return forward, backward, outputs
         carry = grown
 

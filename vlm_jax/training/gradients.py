@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vlm_jax.errors import ConfigError
+from vlm_jax.losses.cached import cached_value_and_gradients, split_rows
 from vlm_jax.settings import call
 
 
@@ -31,7 +32,7 @@ def value_and_gradients(task: Any, accumulate: Mapping[str, Any] | None = None, 
     Raises:
       ConfigError: if the task cannot be accumulated in this way, or for an unknown setting.
     """
-    settings = call(_accumulation, accumulate, where)
+    settings = (1, False) if accumulate is None else call(accumulation, accumulate, where)
     micro_batches, cached = settings
     compares = hasattr(task, "loss_from_embeddings")
     if cached and not compares:
@@ -42,10 +43,11 @@ def value_and_gradients(task: Any, accumulate: Mapping[str, Any] | None = None, 
     if compares and not cached:
         raise ConfigError(f"{where}: the loss of {type(task).__name__} compares the examples of a batch, so the sum over micro-batches is another "
                           f"loss with fewer negatives; set accumulate=dict(micro_batches={micro_batches}, cached=True) for gradient caching.")
-    return _cached(task, micro_batches, where) if cached else _summed(task, micro_batches, where)
+    return _cached(task, micro_batches) if cached else _summed(task, micro_batches)
 
 
-def _accumulation(micro_batches: int, cached: bool = False) -> tuple[int, bool]:
+def accumulation(micro_batches: int, cached: bool = False) -> tuple[int, bool]:
+    """The settings of `accumulate`, checked."""
     if type(micro_batches) is not int or micro_batches < 1:
         raise ConfigError(f"accumulate.micro_batches is {micro_batches!r}; it must be an integer of at least 1.")
     return micro_batches, cached
@@ -62,9 +64,9 @@ def _whole(task: Any) -> Callable:
     return function
 
 
-def _summed(task: Any, micro_batches: int, where: str) -> Callable:
+def _summed(task: Any, micro_batches: int) -> Callable:
     def function(params, state, batch, rng, step):
-        parts = split_batch(batch, micro_batches, where)
+        parts = split_rows(batch, micro_batches)
         numbers = jnp.arange(micro_batches)
 
         def weights_of(state, part):
@@ -91,18 +93,17 @@ def _summed(task: Any, micro_batches: int, where: str) -> Callable:
     return function
 
 
-def split_batch(batch: Any, micro_batches: int, where: str = "accumulate") -> Any:
-    """Returns the batch with leaves [M, B / M, ...]: part m has the rows m, m + M, ..., so that every device keeps a share of each part.
+def _cached(task: Any, micro_batches: int) -> Callable:
+    def function(params, state, batch, rng, step):
+        def loss(params, embeddings):
+            terms, after, metrics = task.loss_from_embeddings(params, state, embeddings, batch, step)
+            return total_loss(terms), (after, _with_terms(metrics, terms))
 
-    Raises:
-      ConfigError: if the batch does not divide.
-    """
-    def split(leaf):
-        if leaf.shape[0] % micro_batches:
-            raise ConfigError(f"{where}.micro_batches={micro_batches} does not divide the batch of {leaf.shape[0]}; "
-                              "choose a divisor of the batch_size.")
-        return jnp.moveaxis(leaf.reshape(leaf.shape[0] // micro_batches, micro_batches, *leaf.shape[1:]), 1, 0)
-    return jax.tree.map(split, batch)
+        def embed(params, part, key):
+            return task.embed(params, state, part, key, step)
+        (value, (after, metrics)), gradients = cached_value_and_gradients(embed, loss, micro_batches)(params, batch, rng)
+        return (value, after, metrics), gradients
+    return function
 
 
 def _with_terms(metrics: Mapping[str, Any], terms: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:

@@ -1,0 +1,97 @@
+"""Parameters taken from another tree: mapping, policies, resampled positions, the table of differences."""
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.errors import CheckpointError, ConfigError
+from vlm_jax.nn.positions import resample_positions
+from vlm_jax.training.transfer import init_from
+from vlm_jax.training.trees import flatten
+
+
+def tree(seed, grid=4, width=6):
+    generator = np.random.default_rng(seed)
+    return {"image": {"kernel": generator.standard_normal((3, width)).astype(np.float32),
+                      "positions": {"embedding": generator.standard_normal((grid * grid, width)).astype(np.float32)}},
+            "text": {"table": generator.standard_normal((5, width)).astype(np.float32)}}
+
+
+def test_equal_trees_are_copied_in_our_dtypes():
+    ours, theirs = tree(0), tree(1)
+    ours["text"]["table"] = ours["text"]["table"].astype(jnp.bfloat16)
+    result = init_from(ours, previous=theirs)
+    np.testing.assert_array_equal(result["image"]["kernel"], theirs["image"]["kernel"])
+    assert result["text"]["table"].dtype == jnp.bfloat16
+    assert list(flatten(result)) == list(flatten(ours))
+
+
+def test_mapping_takes_a_tower_and_keeps_the_rest():
+    ours, theirs = tree(0), {"backbone": tree(1)["image"], "head": np.ones(3)}
+    result = init_from(ours, previous=theirs, mapping=[("head", None), ("backbone/(.*)", r"image/\1")])
+    np.testing.assert_array_equal(result["image"]["kernel"], theirs["backbone"]["kernel"])
+    np.testing.assert_array_equal(result["text"]["table"], ours["text"]["table"])
+
+
+def test_a_checkpoint_is_read_through_the_facade(tmp_path, monkeypatch):
+    from vlm_jax.training import checkpoints
+    asked = []
+
+    def restore_parameters(workdir, step=None, which="params"):
+        asked.append((workdir, step, which))
+        return tree(1)
+    monkeypatch.setattr(checkpoints, "restore_parameters", restore_parameters)
+    result = init_from(tree(0), workdir=tmp_path, step=7, which="ema")
+    np.testing.assert_array_equal(result["text"]["table"], tree(1)["text"]["table"])
+    assert asked == [(tmp_path, 7, "ema")]
+
+
+@pytest.mark.parametrize("keep_first", [0, 1])
+def test_image_positions_are_resampled_between_grids(keep_first):
+    ours, theirs = tree(0), tree(1)
+    theirs["image"]["positions"]["embedding"] = np.random.default_rng(2).standard_normal((9 + keep_first, 6)).astype(np.float32)
+    ours["image"]["positions"]["embedding"] = np.zeros((16 + keep_first, 6), np.float32)
+    result = init_from(ours, previous=theirs)["image"]["positions"]["embedding"]
+    np.testing.assert_allclose(result, resample_positions(theirs["image"]["positions"]["embedding"], (3, 3), (4, 4), keep_first), rtol=1e-6)
+    np.testing.assert_array_equal(result[:keep_first], theirs["image"]["positions"]["embedding"][:keep_first])
+
+
+def test_text_positions_are_not_a_grid():
+    ours = {"text": {"positions": {"embedding": np.zeros((16, 6), np.float32)}}}
+    theirs = {"text": {"positions": {"embedding": np.zeros((9, 6), np.float32)}}}
+    with pytest.raises(CheckpointError, match=r"! text/positions/embedding float32\[9, 6\]: this model has float32\[16, 6\]"):
+        init_from(ours, previous=theirs)
+
+
+def test_the_table_of_differences():
+    theirs = tree(1)
+    theirs["extra"] = np.zeros(2, np.float32)
+    theirs["image"]["kernel"] = np.zeros((3, 7), np.float32)
+    del theirs["text"]
+    with pytest.raises(CheckpointError) as caught:
+        init_from(tree(0), previous=theirs)
+    assert str(caught.value).splitlines() == [
+        'init_from the stage before: 3 parameters do not fit; set mapping, missing="keep" or unexpected="ignore", or choose another run.',
+        "  ! image/kernel float32[3, 7]: this model has float32[3, 6]",
+        "  + text/table float32[5, 6]: not in the stage before",
+        "  - extra float32[2]: not in this model",
+    ]
+    theirs["image"]["kernel"] = tree(1)["image"]["kernel"]
+    result = init_from(tree(0), previous=theirs, missing="keep", unexpected="ignore")
+    np.testing.assert_array_equal(result["text"]["table"], tree(0)["text"]["table"])
+
+
+@pytest.mark.parametrize("settings, error, expected", [
+    (dict(mapping=[("imgae/.*", "x")]), ConfigError, 'init_from.mapping[0]: "imgae/.*" matches none of their parameters'),
+    (dict(mapping=[(".*", "image/kernel")]), ConfigError, "init_from.mapping: two parameters become image/kernel, the second is"),
+    (dict(mapping=[("(", "x")]), ConfigError, "init_from.mapping: "),
+    (dict(mapping=["image"]), ConfigError, "init_from.mapping: "),
+    (dict(mapping=[("image/kernel", r"\2")]), ConfigError, 'init_from.mapping[0]: "\\2" cannot be filled in'),
+    (dict(missing="skip"), ConfigError, 'init_from.missing is "skip"; choose error or keep.'),
+    (dict(workdir="x"), ConfigError, "init_from needs either a workdir or the stage before"),
+    (dict(mapping=[("image/(.*)", r"other/\1")], unexpected="ignore"), CheckpointError,
+     "init_from the stage before: no parameter of it is in this model"),
+])
+def test_messages(settings, error, expected):
+    with pytest.raises(error) as caught:
+        init_from(tree(0), previous=tree(1), **settings)
+    assert str(caught.value).startswith(expected)
