@@ -81,6 +81,15 @@ def test_monochrome_drawing_is_refused(monkeypatch):
     assert "without colour" in emoji_font.emoji_ready()
 
 
+@needs_font
+def test_falling_apart_is_noticed(monkeypatch):
+    # Pillow's basic layout is what a machine without libfribidi would silently use.
+    from PIL import ImageFont
+    truetype = ImageFont.truetype
+    monkeypatch.setattr(ImageFont, "truetype", lambda path, size, layout_engine: truetype(path, size, layout_engine=ImageFont.Layout.BASIC))
+    assert "fall apart" in emoji_font.emoji_ready()
+
+
 def test_ready_or_reason():
     reason = emoji_font.emoji_ready()
     assert reason is None or ("\n" not in reason and os.path.basename(reason))

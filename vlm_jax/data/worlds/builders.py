@@ -3,7 +3,7 @@
     folder = prepare("shapes", "~/tensorflow_datasets", size=48)
     build_source({"name": "array_record", "path": folder, "split": "heldout_pairs"})
 
-    python -m vlm_jax.data.worlds.builders shapes ~/tensorflow_datasets --settings '{"size": 48}'
+    python -m vlm_jax.data.prepare shapes --settings '{"size": 48}'                      the same as a command
 
 TFDS itself would encode pixel arrays with TensorFlow, so the builders give it the bytes of PNG files.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data.worlds import digits, emoji, emoji_splits, shapes
-from vlm_jax.errors import ConfigError, DataError, VlmError
+from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.settings import call, choose
 
 VERSION = "1.0.0"
@@ -138,29 +138,3 @@ def _builder_class(name: str) -> type:
     Builder.name = name
     _classes[name] = Builder
     return Builder
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: NAME DATA_DIR [--settings JSON]."""
-    import argparse
-    import sys
-    parser = argparse.ArgumentParser(description="Builds a world as a TFDS data set (array_record, no TensorFlow needed).")
-    parser.add_argument("name", choices=sorted(WORLDS))
-    parser.add_argument("data_dir")
-    parser.add_argument("--settings", default="{}", help='settings of the source as JSON, for example {"size": 48, "count": 1000}')
-    options = parser.parse_args(arguments)
-    try:
-        try:
-            settings = json.loads(options.settings)
-        except ValueError as error:
-            raise ConfigError(f"--settings: not JSON ({error}); write it like '{{\"size\": 48}}'.") from error
-        if not isinstance(settings, dict):
-            raise ConfigError(f"--settings: {options.settings} is not a JSON object; write it like '{{\"size\": 48}}'.")
-        print(prepare(options.name, options.data_dir, **settings))
-    except VlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-
-
-if __name__ == "__main__":
-    main()

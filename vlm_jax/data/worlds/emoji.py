@@ -168,7 +168,7 @@ def _write(path: Path, drawn: Drawn) -> None:
     """Writes the cache file through a temporary one; a folder that cannot be written only costs the next run its time."""
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
             temporary = file.name
             np.savez_compressed(file, emojis=np.asarray(drawn.emojis), images=drawn.images, groups=drawn.groups)

@@ -20,6 +20,7 @@ STRIKE = 109
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts", "~/Library/Fonts")
 FONT_NAMES = ("NotoColorEmoji.ttf", "NotoColorEmoji-Regular.ttf")
 REFERENCE = "\U0001F600"
+_JOINED = "\U0001F469\U0001F3FD\u200d\U0001F680"
 _MISSING = "\U0010FFFD"
 
 
@@ -77,6 +78,8 @@ def load_font():
         raise DataError(f"{path}: not a bitmap colour emoji font at size {STRIKE} ({error}); run `{INSTALL}`, or set {FONT_VARIABLE}.") from error
     if np.ptp(picture.astype(int), axis=-1).max() < 64:
         raise DataError(f"{path}: draws emoji without colour; run `{INSTALL}`, or set {FONT_VARIABLE} to a bitmap colour emoji font.")
+    if width_in_glyphs(font, _JOINED) > 1.01:
+        raise DataError(f"{path}: joined emoji fall apart into several glyphs; run `{INSTALL}`, or set {FONT_VARIABLE} to a newer font.")
     return font
 
 
