@@ -1,0 +1,96 @@
+from functools import partial
+import operator
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.errors import ConfigError
+from vlm_jax.nn import Linear, Stack, TransformerBlock
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 12)), jnp.float32)
+BLOCK = partial(TransformerBlock, 3, 20, dropout=0.2)
+DEPTH = 3
+RNGS = {"dropout": jax.random.key(7)}
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return jax.jit(Stack(BLOCK, DEPTH).init)(jax.random.key(0), X)
+
+
+def run(variables, **settings):
+    def loss(params):
+        y, every = Stack(BLOCK, DEPTH, **settings).apply({"params": params}, X, train=True, rngs=RNGS)
+        return (y * X).sum(), (y, every)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+
+
+def test_parameters_are_stacked_and_each_layer_has_its_own_key(variables):
+    kernel = variables["params"]["attention"]["query"]["kernel"]
+    assert kernel.shape == (DEPTH, 12, 3, 4)
+    assert len({float(kernel[i].sum()) for i in range(DEPTH)}) == DEPTH
+    unrolled = jax.jit(Stack(BLOCK, DEPTH, scan=False).init)(jax.random.key(0), X)
+    jax.tree.map(np.testing.assert_array_equal, variables, unrolled)
+
+
+def test_loop_over_slices_equals_blocks_by_hand(variables):
+    def by_hand(x):
+        outputs = []
+        for layer in [jax.tree.map(operator.itemgetter(i), variables["params"]) for i in range(DEPTH)]:
+            x, _ = BLOCK(parent=None).apply({"params": layer}, x)
+            outputs.append(x)
+        return x, outputs
+
+    x, outputs = jax.jit(by_hand)(X)
+    for scan in (True, False):
+        y, every = jax.jit(Stack(BLOCK, DEPTH, scan=scan).apply)(variables, X)
+        np.testing.assert_allclose(y, x, atol=1e-5)
+        np.testing.assert_allclose(every["output"], jnp.stack(outputs), atol=1e-5)
+        assert every["attention"].shape == every["mlp"].shape == (DEPTH, *X.shape)
+
+
+@pytest.fixture(scope="module")
+def scanned(variables):
+    return run(variables)
+
+
+@pytest.mark.parametrize("settings", [dict(scan=False), dict(remat="full"), dict(scan=False, remat="dots"), dict(remat="dots_no_batch"),
+                                      dict(remat="everything")], ids=str)
+def test_scan_and_remat_change_nothing(variables, scanned, settings):
+    for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(run(variables, **settings))):   # values, intermediates and gradients, with dropout
+        assert np.abs(a - b).max() <= 1e-5 * max(np.abs(a).max(), 1.0)   # the gradient of a key's bias is zero but for rounding
+
+
+def test_remat_full_computes_the_forward_pass_again(variables):
+    def products(remat):
+        gradient = jax.grad(lambda p: Stack(BLOCK, DEPTH, scan=False, remat=remat).apply({"params": p}, X)[0].sum())
+        return jax.jit(gradient).lower(variables["params"]).as_text().count("stablehlo.dot_general")
+    # Six products forward and two for attention; dots keeps their results.
+    assert products("none") == products("dots") == products("everything") < products("full")
+
+
+def test_blocks_may_take_more_inputs_and_return_only_x():
+    class Adder(nn.Module):
+        @nn.compact
+        def __call__(self, x, extra):
+            return x + Linear(x.shape[-1], name="mix")(extra)
+
+    (y, every), variables = Stack(Adder, 2, scan=False).init_with_output(jax.random.key(0), X, 2 * X)
+    assert set(every) == {"output"} and variables["params"]["mix"]["kernel"].shape == (2, 12, 12)
+    np.testing.assert_array_equal(every["output"][-1], y)
+
+
+def test_dropout_differs_between_layers_and_unknown_remat_is_named(variables):
+    class Noise(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            return jax.random.normal(self.make_rng("dropout"), x.shape) + 0 * self.param("zero", nn.initializers.zeros, ())
+
+    every = {scan: Stack(Noise, 3, scan=scan).init_with_output({"params": jax.random.key(0), **RNGS}, X)[0][1]["output"] for scan in (True, False)}
+    assert len(np.unique(every[True][:, 0, 0, 0])) == 3
+    np.testing.assert_array_equal(every[True], every[False])
+    with pytest.raises(ConfigError, match='Did you mean "full"'):
+        Stack(BLOCK, 2, remat="ful").init(jax.random.key(0), X)

@@ -1,0 +1,106 @@
+"""Text towers of SigLIP, SigLIP 2 and CLIP: one transformer with their differences as settings.
+
+SigLIP (Zhai et al. 2023): reads both ways, pads included; the last token (a sticky end of sentence) -> linear with bias. SigLIP 2 differs in its
+vocabulary of 256,000. CLIP (Radford et al. 2021): causal, QuickGELU, the feature at the end-of-text token -> linear without bias.
+"""
+from functools import partial
+
+from flax import linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vlm_jax.encoders.vit import check_projection
+from vlm_jax.errors import ConfigError
+from vlm_jax.nn import BlockInit, Dropout, LayerNorm, Linear, Stack, TransformerBlock, pool
+from vlm_jax.nn.initializers import initializer
+from vlm_jax.sharding.activations import constrain
+
+POOLS = ("last", "eot", "argmax", "gap", "none")
+
+
+class TextTransformer(nn.Module):
+    """A text tower.
+
+    Attributes:
+      vocab_size, length: rows of the token table; tokens of a text (shorter ones are taken as well).
+      width, depth, mlp_dim, num_heads: see `encoders.variants`.
+      causal: each token reads only those before it.
+      pool: "last"; "eot" (first token whose id is `eot_id`); "argmax" (first of the highest id); "gap"; "none".
+      projection: None, "linear" or "linear_no_bias" to `embed_dim` after pooling.
+      initialization: "siglip" (Xavier; tokens and positions with standard deviation 1/sqrt(width)) or "clip" (see `clip_init`; tokens 0.02, positions
+        0.01).
+      scan, remat: see `nn.Stack`.
+
+    Returns:
+      the pooled embedding [B, D] and {"positions": tokens with positions [B, T, D], "blocks": {name: [L, B, T, D]}, "tokens": normalised tokens
+      [B, T, D], "pooled": before the projection}. An id beyond the vocabulary gives NaN, never another token's embedding.
+    Raises:
+      ConfigError: for settings that do not fit each other, or a text longer than `length`.
+    """
+    vocab_size: int = 32_000
+    length: int = 64
+    width: int = 768
+    depth: int = 12
+    mlp_dim: int = 3072
+    num_heads: int = 12
+    causal: bool = False
+    pool: str = "last"
+    eot_id: int | None = None
+    activation: str = "gelu_tanh"
+    norm_eps: float = 1e-6
+    projection: str | None = "linear"
+    embed_dim: int | None = None
+    initialization: str = "siglip"
+    dropout: float = 0.0
+    scan: bool = True
+    remat: str = "none"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    softmax_dtype: str = "float32"
+
+    def input_shape(self) -> tuple[int]:
+        """(length,) of one text."""
+        return (self.length,)
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B T"], train: bool = False) -> tuple[Float[Array, "B D"], dict[str, Array]]:
+        self._check(tokens.shape)
+        options = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        clip = self.initialization == "clip"
+        out = {}
+
+        std = self.width ** -0.5
+        table = self.param("token_embedding", initializer(0.02 if clip else std), (self.vocab_size, self.width), jnp.dtype(self.param_dtype))
+        x = jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.dtype)
+        positions = self.param("position_embedding", initializer(0.01 if clip else std), (self.length, self.width), jnp.dtype(self.param_dtype))
+        x = x + positions[:tokens.shape[1]].astype(x.dtype)
+        out["positions"] = x = constrain(Dropout(self.dropout)(x, train), "batch", "sequence", "embed")
+
+        block = partial(TransformerBlock, self.num_heads, self.mlp_dim, self.activation, causal=self.causal, norm_eps=self.norm_eps,
+                        dropout=self.dropout, kernel_init=clip_init(self.width, self.depth) if clip else BlockInit(),
+                        softmax_dtype=self.softmax_dtype, **options)
+        x, out["blocks"] = Stack(block, self.depth, self.scan, self.remat, name="blocks")(x, train=train)
+        out["tokens"] = x = LayerNorm(self.norm_eps, name="norm", **options)(x)
+        out["pooled"] = x = pool(x, self.pool, tokens=tokens, eot_id=self.eot_id)
+        if self.projection is not None:
+            kernel_init = self.width ** -0.5 if clip else "lecun_normal"
+            x = Linear(self.embed_dim, use_bias=self.projection == "linear", kernel_init=kernel_init, name="projection", **options)(x)
+        return x, out
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2:
+            raise ConfigError(f"TextTransformer: tokens have shape {shape}; give [batch, length].")
+        if shape[1] > self.length:
+            raise ConfigError(f"TextTransformer: texts of {shape[1]} tokens, but the tower has {self.length} positions; tokenise to that length or "
+                              "raise model.text.length.")
+        if self.pool not in POOLS:
+            raise ConfigError(f'TextTransformer.pool: "{self.pool}" is not for texts; choose one of {", ".join(POOLS)}.')
+        if self.initialization not in ("siglip", "clip"):
+            raise ConfigError(f'TextTransformer.initialization: "{self.initialization}" is unknown; choose "siglip" or "clip".')
+        check_projection("TextTransformer", self.projection, self.embed_dim)
+
+
+def clip_init(width: int, depth: int) -> BlockInit:
+    """CLIP's standard deviations: width^-1/2 for queries, keys and values; (2 width)^-1/2 going up; (2 depth width)^-1/2 into the residual."""
+    residual = width ** -0.5 * (2 * depth) ** -0.5
+    return BlockInit(qkv=width ** -0.5, out=residual, up=(2 * width) ** -0.5, down=residual, mlp_bias="zeros")

@@ -1,0 +1,38 @@
+"""Sizes of transformers by name.
+
+Sources: Ti, S, B, L, H, g, G: Zhai et al., "Scaling Vision Transformers" (2022), table 2; Steiner et al., "How to train your ViT?" (2021), table 1;
+So400m: Alabdulmohsin et al., "Getting ViT in Shape" (2023), section 5; M (a size between S and B): the table of the big_vision code;
+g-opt: Tschannen et al., "SigLIP 2" (2025), whose released tower has these sizes.
+"""
+from typing import Any
+
+from vlm_jax.errors import ConfigError
+from vlm_jax.settings import choose
+
+VARIANTS: dict[str, dict[str, int]] = {
+    "Ti": dict(width=192, depth=12, mlp_dim=768, num_heads=3),
+    "S": dict(width=384, depth=12, mlp_dim=1536, num_heads=6),
+    "M": dict(width=512, depth=12, mlp_dim=2048, num_heads=8),
+    "B": dict(width=768, depth=12, mlp_dim=3072, num_heads=12),
+    "L": dict(width=1024, depth=24, mlp_dim=4096, num_heads=16),
+    "So400m": dict(width=1152, depth=27, mlp_dim=4304, num_heads=16),
+    "H": dict(width=1280, depth=32, mlp_dim=5120, num_heads=16),
+    "g": dict(width=1408, depth=40, mlp_dim=6144, num_heads=16),
+    "g-opt": dict(width=1536, depth=40, mlp_dim=6144, num_heads=16),
+    "G": dict(width=1664, depth=48, mlp_dim=8192, num_heads=16),
+}
+
+
+def variant(name: str) -> dict[str, Any]:
+    """The settings that a name stands for: "B" or "B/16"; with a patch size for the latter.
+
+    Raises:
+      ConfigError: for an unknown size or a patch that is not a positive whole number.
+    """
+    size, slash, patch = name.partition("/")
+    settings: dict[str, Any] = dict(choose(VARIANTS, size, "variant"))
+    if slash:
+        if not patch.isdigit() or int(patch) == 0:
+            raise ConfigError(f'variant: "{name}" names the patch size "{patch}"; write a whole number, as in "{size}/16".')
+        settings["patch_size"] = int(patch)
+    return settings
