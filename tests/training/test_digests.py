@@ -45,6 +45,14 @@ def test_layouts_agree(shape, spec, dtype):
     assert digest(jax.device_put(x, NamedSharding(mesh, spec))) == digest(np.asarray(x)) == digest(x)
 
 
+def test_nothing_is_gathered():
+    """Devices exchange sums, not the array."""
+    mesh = Mesh(np.array(jax.devices()[:8]), ("a",))
+    x = jax.ShapeDtypeStruct((64, 48), jnp.float32, sharding=NamedSharding(mesh, P("a")))
+    text = digests_module._compiled(mesh).lower(x).compile().as_text()
+    assert "[64,48]" not in text and "[8,48]" in text
+
+
 def test_scalars_and_empty_arrays():
     assert digest(3) == digest(jnp.int32(3)) == digest(np.int64(3)) != digest(4)
     assert digest(True) != digest(False)
