@@ -183,7 +183,11 @@ class Checkpoints:
 
     def _remove_untrusted(self, manager, step: int) -> None:
         """Removes what would be counted by `keep` or shadow the new step, but is incomplete, damaged, or later than it."""
-        for present, complete in self._listing():
+        listing = self._listing()
+        if jax.process_count() > 1:     # every process of a pod has to see the same steps before the first is deleted
+            from jax.experimental import multihost_utils
+            multihost_utils.sync_global_devices("vlm_jax.checkpoints.listing")
+        for present, complete in listing:
             if complete and present < step and present not in self._distrusted:
                 continue
             if self._pending is not None:
