@@ -15,6 +15,7 @@ from typing import Any
 from jaxtyping import Int64
 import numpy as np
 
+from vlm_jax.data.buffers import Buffers
 from vlm_jax.data.problems import reason_of
 from vlm_jax.data.sources import Source
 from vlm_jax.errors import ConfigError, DataError
@@ -160,6 +161,7 @@ class BatchReader:
         rows = batch_size // part[1]
         self._batch_size, self._first, self._rows = batch_size, part[0] * rows, rows
         self._augment, self._stop_at_bad = augment, stop_at_bad
+        self._buffers = Buffers()
         self._empty: dict[str, tuple[tuple[int, ...], np.dtype]] | None = None
 
     def __call__(self, number: int, positions: Int64[np.ndarray, "B"]) -> dict[str, Any]:
@@ -181,10 +183,12 @@ class BatchReader:
                     break
                 continue
             if not arrays:
-                arrays = {key: np.zeros((self._rows, *np.shape(value)), np.asarray(value).dtype) for key, value in example.items()}
+                arrays = {key: self._buffers.array((self._rows, *np.shape(value)), np.asarray(value).dtype) for key, value in example.items()}
                 self._empty = {key: (value.shape[1:], value.dtype) for key, value in arrays.items()}
             self._write(arrays, row, example, index)
             weight[row] = 1
+        for array in arrays.values():
+            array[weight == 0] = 0
         if not arrays:
             arrays = {key: np.zeros((self._rows, *shape), dtype) for key, (shape, dtype) in self._shapes(report).items()}
         return {**arrays, "mask": weight > 0, "weight": weight, "example_id": example_id, _REPORT: _Report(report)}
