@@ -9,6 +9,7 @@ Trees are stored by path (`params/image/blocks/attention/query/kernel`), so the 
 tuples) need not exist when a checkpoint is read.
 """
 from collections.abc import Mapping
+import gc
 import logging
 from typing import Any
 
@@ -303,7 +304,7 @@ def _read_arrays(path: Any, wanted: Mapping[str, Any], stored: Mapping[str, Any]
     full = {name: stored[name] for name in wanted if all(stored[name]["shape"])}
     item = _nested({name: 0 if wanted[name] is None else _abstract(wanted[name]) for name in full})
     arguments = _nested({name: _restore_argument(wanted[name], stored[name]) for name in full})
-    arrays = {}
+    arrays, damage = {}, None
     if full:
         try:
             tree = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
@@ -313,13 +314,26 @@ def _read_arrays(path: Any, wanted: Mapping[str, Any], stored: Mapping[str, Any]
         except Exception as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            raise _Damaged(f"its arrays cannot be read: {_one_line(error)}") from error
+            damage = _Damaged(f"its arrays cannot be read: {_one_line(error)}")
+        if damage is not None:
+            _drop_failed_reads()
+            raise damage
         arrays = flatten(tree)
     found = digests(arrays)
     wrong = [name for name in full if found.get(name) != stored[name]["digest"]]
     if wrong:
         raise _Damaged(f"{len(wrong)} of {len(full)} arrays differ from their digest, first {wrong[0]}")
     return {name: arrays[name] if name in full else _empty(wanted[name], stored[name]) for name in wanted}
+
+
+def _drop_failed_reads() -> None:
+    """Frees the reads that failed beside the first one: asyncio would print a page for each when they are collected later."""
+    logger = logging.getLogger("asyncio")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        gc.collect()
+    finally:
+        logger.disabled = disabled
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
