@@ -1,12 +1,14 @@
 """Config files, arguments, overrides, resolving and config.json; the messages of the first hour word for word."""
 import json
 
+from hypothesis import given, strategies as st
 import ml_collections as ml
 import pytest
 
 from vlm_jax.errors import CheckpointError, ConfigError
 from vlm_jax.settings import plain
 from vlm_jax.training import config as configs
+from vlm_jax.training.config_values import parse_text
 
 
 def small():
@@ -112,6 +114,12 @@ def test_override_messages(override, expected):
     assert message(ConfigError, configs.apply_overrides, small(), [override]) == expected
 
 
+@given(st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-10**9, 10**9), st.floats(allow_nan=False, allow_infinity=False)),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=6))
+def test_a_literal_is_read_back_as_it_was_written(value):
+    assert parse_text(repr(value), value, "x") == parse_text(repr(value), None, "x") == value
+
+
 def test_an_expression_in_an_override_is_not_evaluated(tmp_path):
     canary = tmp_path / "canary"
     text = f"__import__('pathlib').Path({str(canary)!r}).touch()"
@@ -153,6 +161,10 @@ def test_resolve_fills_in_defaults_and_is_idempotent():
     (lambda c: c.stages[0].update(train=[("image/.*", None)]), 'stages[0].train: the last rule is "image/.*"; end with'),
     (lambda c: c.stages[0].update(ema={"decya": 0.9}), 'stages[0].ema.decya: there is no such key. Did you mean "decay"?'),
     (lambda c: c.stages[0].update(init_from={"previous": True}), "stages[0].init_from.previous: there is no stage before the first; name a workdir."),
+    (lambda c: c.update(dtypes={"compute": "bfloat"}), 'config.dtypes.compute: "bfloat" is unknown. Did you mean "bfloat16"?'),
+    (lambda c: c.update(checkpoint={"keep": 0}), "config.checkpoint.keep is 0; it must be an integer of at least 1."),
+    (lambda c: c.update(evaluations={"search": {"every": 3}}), "config.evaluations.search.evaluator is missing; name one"),
+    (lambda c: c.update(evaluations={"search": {"evaluator": "retrieval", "every": 0}}), "config.evaluations.search.every is 0; it must be"),
     (lambda c: c.task.update(scale=ml), "config.task.scale is a module; a config holds"),
 ])
 def test_resolve_messages(change, expected):

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from vlm_jax.errors import ConfigError
+from vlm_jax.training.flops import count_flops
 from vlm_jax.training.gradients import all_finite, clip_by_global_norm, ema_decay, ema_update, global_norm, total_loss, value_and_gradients
 
 
@@ -50,6 +51,12 @@ def test_micro_batches_add_up_to_the_batch():
         assert int(ours_state["seen"]) == 12
         for name, value in metrics.items():
             np.testing.assert_allclose(ours_metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_summing_the_weights_first_costs_no_products():
+    arguments = PARAMS, {"seen": jnp.zeros((), jnp.int32)}, batch_of(), jax.random.key(0), 0
+    summed, whole = value_and_gradients(Regression(), {"micro_batches": 4}), value_and_gradients(Regression())
+    assert count_flops(summed, *arguments) == count_flops(whole, *arguments)
 
 
 def test_a_batch_without_weight_has_loss_and_gradient_0():

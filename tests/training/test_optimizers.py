@@ -206,6 +206,8 @@ def test_clipping_and_bfloat16_parameters():
     moved, _, facts = run(dict(name="sgd", momentum=None), params, [gradient], clip=1.0, schedule=dict(name="constant", peak=0.5))
     assert facts[0]["gradient_norm"] == 10.0 and moved["kernel"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(moved["kernel"].astype(np.float32), 0.75)
+    state = build_optimizer(dict(name="adamw"), SCHEDULE, STEPS, Rules([(".*", {})], params)).init(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
 @pytest.mark.parametrize("settings, expected", [

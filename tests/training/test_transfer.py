@@ -32,17 +32,18 @@ def test_mapping_takes_a_tower_and_keeps_the_rest():
     np.testing.assert_array_equal(result["text"]["table"], ours["text"]["table"])
 
 
-def test_a_checkpoint_is_read_through_the_facade(tmp_path, monkeypatch):
-    from vlm_jax.training import checkpoints
-    asked = []
-
-    def restore_parameters(workdir, step=None, which="params"):
-        asked.append((workdir, step, which))
-        return tree(1)
-    monkeypatch.setattr(checkpoints, "restore_parameters", restore_parameters)
-    result = init_from(tree(0), workdir=tmp_path, step=7, which="ema")
-    np.testing.assert_array_equal(result["text"]["table"], tree(1)["text"]["table"])
-    assert asked == [(tmp_path, 7, "ema")]
+def test_the_checkpoint_of_another_run(tmp_path):
+    from vlm_jax.training.checkpoints import Checkpoints
+    with Checkpoints(tmp_path / "run" / "checkpoints", keep=2) as checkpoints:
+        checkpoints.save(7, {"params": tree(1), "ema": tree(2)}, {"step": 7})
+        checkpoints.wait()
+    for which, seed in ((None, 2), ("ema", 2), ("params", 1)):
+        result = init_from(tree(0), workdir=tmp_path / "run", step=7, which=which)
+        np.testing.assert_array_equal(result["text"]["table"], tree(seed)["text"]["table"])
+    with pytest.raises(CheckpointError, match=r"run \(step 7\): 1 parameters do not fit; .*\n  \+ head float32\[2\]: not in "):
+        init_from({**tree(0), "head": np.zeros(2, np.float32)}, workdir=tmp_path / "run")
+    with pytest.raises(CheckpointError):
+        init_from(tree(0), workdir=tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("keep_first", [0, 1])

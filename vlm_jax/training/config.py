@@ -12,12 +12,13 @@ from typing import Any
 import ml_collections as ml
 
 from vlm_jax.errors import CheckpointError, ConfigError, did_you_mean
-from vlm_jax.settings import plain
+from vlm_jax.settings import choose, plain
 from vlm_jax.training.config_values import assign, parse_text, section_keys, split_list
 
 SCHEMA_VERSION = 1
 REQUIRED = object()   # marks a key that every config sets itself
 VARIANTS = ("full", "test")
+DTYPES = ("float32", "bfloat16", "float16")
 
 # The top level of a config: every key that there is, with its default. A key outside this table is an error.
 CONFIG_KEYS: dict[str, Any] = {
@@ -152,6 +153,7 @@ def resolve(config: Mapping[str, Any]) -> dict:
     for key, least in (("seed", 0), ("log_every", 1)):
         if not isinstance(values[key], int) or isinstance(values[key], bool) or values[key] < least:
             raise ConfigError(f"config.{key} is {values[key]!r}; it must be an integer of at least {least}.")
+    _check_sections(values)
     read_stages(values)
     values["stages"] = [stage_defaults(stage) for stage in values["stages"]]
     _check_json(values, "config")
@@ -231,6 +233,23 @@ def _with_defaults(values: dict, *, complete: bool) -> dict:
             filled[key] = values.get(key, default)
     filled.update({key: value for key, value in values.items() if key not in CONFIG_KEYS})   # for `resolve` to refuse
     return filled
+
+
+def _check_sections(values: Mapping[str, Any]) -> None:
+    """Raises a ConfigError for dtypes, checkpoint or evaluations that cannot work."""
+    for key, name in values["dtypes"].items():
+        choose(dict.fromkeys(DTYPES), name, f"config.dtypes.{key}")
+    keep, every = values["checkpoint"].get("keep"), values["checkpoint"].get("every")
+    for key, value in (("keep", keep), ("every", every)):
+        if not (type(value) is int and value >= 1 or (key == "every" and value is None)):
+            raise ConfigError(f"config.checkpoint.{key} is {value!r}; it must be an integer of at least 1{', or None' if key == 'every' else ''}.")
+    for name, settings in values["evaluations"].items():
+        where = f"config.evaluations.{name}"
+        if not isinstance(settings, dict) or "evaluator" not in settings:
+            raise ConfigError(f"{where}.evaluator is missing; name one: \"retrieval\", \"zero_shot\" or \"linear_probe\".")
+        every = settings.get("every")
+        if every is not None and (type(every) is not int or every < 1):
+            raise ConfigError(f"{where}.every is {every!r}; it must be an integer of at least 1, or None for the end only.")
 
 
 def _check_json(value: Any, where: str) -> None:

@@ -116,8 +116,8 @@ class Optimizer:
     clip: float | None = None
 
     def init(self, params: Any) -> Any:
-        """Returns the optimiser's state; parameters that are wholly frozen have none."""
-        return self.method.direction.init(self.rules.trained(params))
+        """Returns the optimiser's state, computed in float32 whatever the parameters are; parameters that are wholly frozen have none."""
+        return self.method.direction.init(_exact(self.rules.trained(params)))
 
     def update(self, gradients: Any, state: Any, params: Any, step: Any) -> tuple[Any, Any, dict[str, jax.Array]]:
         """Takes one step.
@@ -130,9 +130,8 @@ class Optimizer:
           norm is that of the trained parameters before clipping.
         """
         trained = self.rules.trained(params)
-        gradients = self.mask(self.rules.trained(gradients))
-        gradients, norm = clip_by_global_norm(gradients, self.clip)
-        directions, state = self.method.direction.update(gradients, state, trained)
+        gradients, norm = clip_by_global_norm(self.mask(_exact(self.rules.trained(gradients))), self.clip)
+        directions, state = self.method.direction.update(gradients, state, _exact(trained))
         rate = self.schedule(step)
         flat_directions, moved = flatten(directions), dict(flatten(params))
         for path, value in flatten(trained).items():
@@ -148,7 +147,7 @@ class Optimizer:
     def _move(self, path: str, value: jax.Array, direction: jax.Array, rate: jax.Array) -> jax.Array:
         leaf = self.rules.leaves[path]
         exact = value.astype(jnp.float32)
-        change = rate * leaf.lr * direction.astype(jnp.float32)
+        change = rate * leaf.lr * direction
         if self.method.weight_decay and decays(path, value.ndim - is_stacked(path), self.method.decay_embeddings):
             by = rate * leaf.lr if self.method.decay_by == "learning_rate" else rate / self.schedule.peak
             change = change + by * self.method.weight_decay * leaf.weight_decay * exact
@@ -170,6 +169,10 @@ def build_optimizer(settings: Mapping[str, Any], schedule: Mapping[str, Any], st
       ConfigError: naming `where.optimizer.key` or `where.schedule.key`.
     """
     return Optimizer(check_settings(settings, f"{where}.optimizer"), build_schedule(schedule, steps, f"{where}.schedule"), rules, clip)
+
+
+def _exact(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
 def _dtype(name: str) -> Any:

@@ -14,7 +14,7 @@ from vlm_jax.training.trees import flatten, unflatten
 SHOWN = 20   # lines of a table of differences
 
 
-def init_from(params: Any, *, workdir: str | os.PathLike | None = None, previous: Any = None, step: int | None = None, which: str = "params",
+def init_from(params: Any, *, workdir: str | os.PathLike | None = None, previous: Any = None, step: int | None = None, which: str | None = None,
               mapping: Sequence[Sequence[str | None]] | None = None, missing: str | None = None, unexpected: str = "error") -> dict:
     """Returns `params` with the values of another tree where their paths meet, in the dtypes of `params`, as numpy arrays.
 
@@ -22,7 +22,8 @@ def init_from(params: Any, *, workdir: str | os.PathLike | None = None, previous
 
     Args:
       params: freshly initialised parameters.
-      workdir, step, which: the run, the step (None: the newest) and the part ("params" or "ema") of its checkpoint to read.
+      workdir, step, which: the run, the step (None: the newest) and the part of its checkpoint ("params" or "ema"; None: "ema" where the run keeps
+        one).
       previous: a tree to take instead of a checkpoint.
       mapping: ordered pairs (regex of their path, our path with \\1 ...); the first that matches a whole path wins, and what none matches is left
         behind. A target of None leaves it behind too. Without a mapping the paths are the same.
@@ -41,7 +42,8 @@ def init_from(params: Any, *, workdir: str | os.PathLike | None = None, previous
     source = str(workdir) if previous is None else "the stage before"
     if previous is None:
         from vlm_jax.training.checkpoints import restore_parameters
-        previous = restore_parameters(workdir, step, which)
+        previous, step = restore_parameters(workdir, step, which)
+        source = f"{source} (step {step})"
     theirs, ours = rename(flatten(previous), mapping), flatten(params)
 
     differences, filled = [], {}
