@@ -28,7 +28,7 @@ def get_config(arg=None):
     config.seed = 0
     config.model = dict(name="lit", preset="test" if test else "b16-b")
     config.processor = dict(image=pictures(24 if test else 224), text=text)
-    config.task = dict(name="contrastive", loss="sigmoid")
+    config.task = dict(name="contrastive", loss="softmax")
     config.stages = [dict(
         steps=2 if test else 5_000,
         data=dict(pairs=dict(source=source, batch_size=8 if test else 512)),

@@ -2,7 +2,7 @@
 
 Launch:   python -m vlm_jax.train --config configs/siglip/emoji.py --workdir runs/emoji          (or `make demo`; minutes on two CPU cores)
 Try here: python -m vlm_jax.train --config configs/siglip/emoji.py:variant=test --workdir runs/emoji_test
-Data:     1,600 or so pictures are never trained on: `heldout_attributes` holds combinations (skin tone x person x role) whose parts
+Data:     1,107 pictures are never trained on: `heldout_attributes` holds combinations (skin tone x person x role) whose parts
           were all seen, but never together.
 """
 import ml_collections as ml
