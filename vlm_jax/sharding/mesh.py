@@ -1,5 +1,6 @@
 """The device mesh, and the layout of a batch on it: rows are split over the axes `data` and `fsdp`, everything else is replicated."""
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 import math
 from typing import Any
 
@@ -103,6 +104,12 @@ def _blocks(mesh: Mesh) -> dict[int, tuple[int, int]] | None:
     return blocks
 
 
+@lru_cache
+def _parts_here(mesh: Mesh) -> int:
+    """Into how many parts the rows of this process are split; cached, since it looks at every device of the mesh."""
+    return batch_shards(mesh) // process_part(mesh)[1]
+
+
 def put_batch(batch: Mapping[str, Any], mesh: Mesh | None = None) -> dict[str, Any]:
     """Turns a host batch (numpy, rows on the first axis; each process gives its own rows) into global arrays laid out by `batch_sharding`.
 
@@ -112,7 +119,7 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh | None = None) -> dict[str, A
       DataError: if the arrays of a batch differ in their number of rows, or rows would have to be padded where there is neither `mask` nor
         `weight` to mark them.
     """
-    parts = 1 if mesh is None else batch_shards(mesh) // process_part(mesh)[1]
+    parts = 1 if mesh is None else _parts_here(mesh)
 
     def put(batch: Mapping[str, Any], where: str) -> dict[str, Any]:
         arrays = {name: value for name, value in batch.items() if not isinstance(value, Mapping)}
