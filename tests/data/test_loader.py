@@ -1,8 +1,11 @@
 """The loader's stream is a pure function of (seed, number), and bad records neither stop nor poison it."""
 import io
+import os
+from pathlib import Path
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 from PIL import Image
@@ -205,3 +208,36 @@ def test_importing_the_loader_imports_neither_grain_nor_jax():
         assert not heavy, heavy
     """)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is Linux's")
+def test_workers_end_with_a_killed_trainer(tmp_path):
+    script = tmp_path / "trainer.py"
+    script.write_text(textwrap.dedent("""
+        import multiprocessing, time
+        from tests.data.test_loader import Loader, Numbers, process
+        if __name__ == "__main__":
+            for batch in Loader(Numbers(8), process, 4, workers=1, threads=1).batches():
+                print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+                time.sleep(60)
+    """))
+    root = str(Path(__file__).parents[2])
+    trainer = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               env={**os.environ, "PYTHONPATH": root})
+    try:
+        workers = [int(pid) for pid in trainer.stdout.readline().split()]
+    finally:
+        trainer.kill()
+        trainer.wait()
+    assert len(workers) == 1
+    deadline = time.monotonic() + 60
+    while any(running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(running(pid) for pid in workers)
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -36,3 +36,9 @@ class Buffers:
         root = np.frombuffer(memory, dtype)
         weakref.finalize(root, free.append, memory).atexit = False
         return root.reshape(shape)
+
+    def copy(self, array: np.ndarray) -> np.ndarray:
+        """Returns a copy, in memory of this pool."""
+        result = self.array(array.shape, array.dtype)
+        np.copyto(result, array)
+        return result

@@ -7,6 +7,7 @@ number of threads, workers or hosts, and the position of a run is one integer.
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 import ctypes
+import gc
 import signal
 import sys
 import threading
@@ -104,16 +105,22 @@ class Loader:
             _mark_flags_parsed()
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=max(1, self.prefetch)),
                                         worker_init_fn=_end_with_parent)
-        iterator = iter(stream)
+        iterator, buffers = iter(stream), Buffers()
         try:
             for batch in iterator:
-                report = batch.pop(_REPORT)
-                self._account(report)
+                self._account(batch.pop(_REPORT))
+                if self.workers:
+                    # Out of shared memory, which a batch that is still held when the program ends would leak.
+                    batch = {key: buffers.copy(value) for key, value in batch.items()}
                 yield batch
         finally:
             close = getattr(iterator, "close", None)
             if close is not None:
                 close()
+            if self.workers:
+                # Grain's iterators are cyclic and hold the last batches: without this their shared memory outlives the program.
+                del iterator, stream, close
+                gc.collect()
 
     def _dataset(self) -> Any:
         """Returns the Grain MapDataset whose element n is batch n."""
