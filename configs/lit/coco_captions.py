@@ -33,7 +33,7 @@ def get_config(arg=None):
         steps=2 if test else 5_000,
         data=dict(pairs=dict(source=source, batch_size=8 if test else 512)),
         train=[(r"image/.*", None), (r".*", {})],
-        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4),
+        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4, decay_by="schedule"),
         schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else 500),
         clip=1.0,
         init_from=dict(workdir=arg.init, mapping=[(r"(image/.*)", r"\1")]) if arg.init else None,

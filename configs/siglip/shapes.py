@@ -28,7 +28,7 @@ def get_config(arg=None):
         steps=2 if test else arg.steps,
         data=dict(pairs=dict(source=train, batch_size=8 if test else 128)),
         train=[(r".*", {})],
-        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4),
+        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4, decay_by="schedule"),
         schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else 50),
         clip=1.0,
     )]
