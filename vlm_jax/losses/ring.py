@@ -3,11 +3,11 @@
 Every device keeps its block of images; the blocks of texts travel around a ring of the devices that split the batch (`jax.shard_map`,
 `lax.ppermute`), and at each hop a device works through its images in tiles of at most `TILE` rows, so the largest intermediate is
 [TILE, local texts]. The backward pass runs the ring again and recomputes the tiles: the gradients of the texts travel with their block and are
-complete when it is home. What is kept between the passes is the features alone (and two logarithms per pair for the softmax), hence the memory
+complete when it is home. What is kept between the passes is the features alone (and four sums per pair for the softmax), hence the memory
 does not grow with the number of devices.
 
-Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023), section 3.3, describe the sigmoid ring. The softmax adds an online logarithm
-of the sum in both directions: that of an image's row stays with the image, that of a text's column travels with the text.
+Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023), section 3.3, describe the sigmoid ring. The softmax adds an online maximum
+and sum of exponentials in both directions: those of an image's row stay with the image, those of a text's column travel with the text.
 
 Masks: `weight` [B] is 0 for rows that count neither as positives nor as negatives. `contrastive.py` holds the public functions.
 """
@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 TILE = 128          # rows of images worked on at once: a tile of logits is [TILE, local texts]
-MASKED = -1e30      # the logit of a masked pair: finite, so that a row of masked pairs gives no NaN
+MASKED = -1e30      # the similarity of a masked pair: finite, so that a row of masked pairs gives no NaN
 
 
 @dataclass(frozen=True)
@@ -172,32 +172,43 @@ ring_sigmoid.defvjp(_ring_sigmoid_forward, _ring_sigmoid_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def ring_softmax(layout: Layout, image: Float[Array, "B D"], text: Float[Array, "B D"], scale: Float[Array, ""],
                  weight: Float[Array, "B"]) -> Float[Array, ""]:
-    """The sum of the two cross-entropies' mean over `layout.padded` rows in float32; `weight` has no gradient."""
+    """The sum of the two cross-entropies' mean over `layout.padded` rows in float32, for scale > 0; `weight` has no gradient."""
     return _ring_softmax_forward(layout, image, text, scale, weight)[0]
+
+
+def _merge(sums: tuple[Array, Array], similar: Array, scale: Array, axis: int) -> tuple[Array, Array]:
+    """(the largest similarity m, sum of exp(scale (similarity - m))) of the similarities seen so far and of these."""
+    maximum, total = sums
+    larger = jnp.maximum(maximum, jnp.max(similar, axis=axis))
+    return larger, total * jnp.exp(scale * (maximum - larger)) + jnp.sum(jnp.exp(scale * (similar - jnp.expand_dims(larger, axis))), axis=axis)
 
 
 def _ring_softmax_forward(layout, image, text, scale, weight):
     def local(image, text, scale, weight):
-        tiles = _tiled(layout, image, weight)
+        tiles = _tiled(layout, image, weight) + (_numbers(layout),)
 
-        def step(hop, rows, travelling):
+        def step(hop, carry, travelling):
             text, text_weight, columns = travelling
 
             def tile(columns, part):
-                x, w, row = part
-                logits = scale * (x @ text.T)
-                row = jnp.logaddexp(row, jax.nn.logsumexp(jnp.where(text_weight[None, :] > 0, logits, MASKED), axis=1))
-                columns = jnp.logaddexp(columns, jax.nn.logsumexp(jnp.where(w[:, None] > 0, logits, MASKED), axis=0))
-                return columns, row
+                x, w, numbers, row, own = part
+                similar = x @ text.T
+                # The positives come from the same product as the maxima and are subtracted before the scale (compilers fuse a product with a
+                # difference), so that both cancel exactly where a row is sure of its text.
+                own = own + jnp.sum(jnp.where(_matching(hop, numbers, len(text)), similar, 0.0), axis=1)
+                row = _merge(row, jnp.where(text_weight[None, :] > 0, similar, MASKED), scale, 1)
+                return _merge(columns, jnp.where(w[:, None] > 0, similar, MASKED), scale, 0), (row, own)
 
-            columns, rows = lax.scan(tile, columns, (*tiles, rows))
-            return rows, (text, text_weight, columns)
+            columns, carry = lax.scan(tile, columns, (*tiles, *carry))
+            return carry, (text, text_weight, columns)
 
-        nothing = jnp.full_like(weight, MASKED)
-        rows, (_, _, columns) = _around(layout, step, nothing.reshape(layout.tiles, layout.rows), (text, weight, nothing))
-        rows = rows.reshape(-1)
-        total = jnp.sum(weight * (0.5 * (rows + columns) - scale * jnp.sum(image * text, axis=1)))
-        return _total(layout, total), rows, columns
+        nothing = (jnp.full_like(weight, MASKED), jnp.zeros_like(weight))
+        (rows, own), (_, _, columns) = _around(layout, step, (_tiled(layout, *nothing), jnp.zeros_like(tiles[1])), (text, weight, nothing))
+        (maximum, exponentials), own = jax.tree.map(_untiled, (rows, own))
+        by_image = scale * (maximum - own) + jnp.log(exponentials)
+        by_text = scale * (columns[0] - own) + jnp.log(columns[1])
+        total = jnp.sum(jnp.where(weight > 0, weight * 0.5 * (by_image + by_text), 0.0))
+        return _total(layout, total), (maximum, exponentials), columns
 
     loss, rows, columns = _spread(layout, local, (True, True, False, True), (False, True, True))(image, text, scale, weight)
     return loss, (image, text, scale, weight, rows, columns)
@@ -205,25 +216,25 @@ def _ring_softmax_forward(layout, image, text, scale, weight):
 
 def _ring_softmax_backward(layout, kept, gradient):
     def local(image, text, scale, weight, rows, columns, gradient):
-        tiles = _tiled(layout, image, weight, rows)
+        tiles = _tiled(layout, image, weight) + (_numbers(layout), _tiled(layout, *rows))
 
         def step(hop, d_image, travelling):
             text, text_weight, columns, d_text = travelling
 
             def tile(d_text, part):
-                x, w, row, d_x = part
-                logits = scale * (x @ text.T)
+                x, w, numbers, row, d_x = part
+                similar = x @ text.T
+                by_image = (w / row[1])[:, None] * jnp.exp(scale * (similar - row[0][:, None]))
+                by_text = (text_weight / columns[1])[None, :] * jnp.exp(scale * (similar - columns[0][None, :]))
+                positive = jnp.where(_matching(hop, numbers, len(text)), w[:, None], 0.0)
                 both = (w[:, None] > 0) & (text_weight[None, :] > 0)
-                by_image, by_text = w[:, None] * jnp.exp(logits - row[:, None]), text_weight[None, :] * jnp.exp(logits - columns[None, :])
-                d_logits = jnp.where(both, 0.5 * (by_image + by_text), 0.0)
+                d_logits = jnp.where(both, 0.5 * (by_image + by_text) - positive, 0.0)
                 return d_text + d_logits.T @ x, d_x + d_logits @ text
 
             d_text, d_image = lax.scan(tile, d_text, (*tiles, d_image))
             return d_image, (text, text_weight, columns, d_text)
 
-        # The positives' part, -w_i l_ii, needs no ring.
-        start = -weight[:, None] * text
-        d_image, (_, _, _, d_text) = _around(layout, step, _tiled(layout, start)[0], (text, weight, columns, -weight[:, None] * image))
+        d_image, (_, _, _, d_text) = _around(layout, step, jnp.zeros_like(tiles[0]), (text, weight, columns, jnp.zeros_like(text)))
         d_image = _untiled(d_image)
         d_scale = _total(layout, jnp.sum(jnp.sum(image * d_image, axis=1)))
         return gradient * scale * d_image, gradient * scale * d_text, gradient * d_scale
