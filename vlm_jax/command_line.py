@@ -1,7 +1,7 @@
 """What the command lines share: arguments with `--config.a.b=v` overrides, and errors printed in one line with their exit code."""
 import argparse
-import sys
 from collections.abc import Callable, Sequence
+import sys
 
 from vlm_jax.errors import ConfigError, VlmError, did_you_mean
 

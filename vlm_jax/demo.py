@@ -3,9 +3,9 @@
 Where the emoji font is missing it says how to get it and trains on drawn shapes instead. The same command resumes.
 """
 import argparse
-import time
 from collections.abc import Sequence
 from pathlib import Path
+import time
 
 from vlm_jax import command_line
 

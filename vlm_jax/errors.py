@@ -2,8 +2,8 @@
 
 The command lines print them without a traceback and exit with `exit_code`; every other exception is a bug and keeps its traceback.
 """
-import difflib
 from collections.abc import Iterable
+import difflib
 
 
 class VlmError(Exception):

@@ -43,8 +43,10 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
 
     workdir = os.fspath(workdir)
     if not os.path.exists(os.path.join(workdir, "config.json")) and "://" not in workdir:
-        raise CheckpointError(f"{workdir}: no config.json, so this is not a run; train one with python -m vlm_jax.train --config FILE --workdir {workdir}.")
+        raise CheckpointError(f"{workdir}: no config.json, so this is not a run; "
+                              f"train one with python -m vlm_jax.train --config FILE --workdir {workdir}.")
     config = load_saved(workdir)
     sections = stage_sections(config, -1)
     params, step = restore_parameters(workdir, step)
-    return Loaded(registry.build(**sections["model"], dtypes=sections["dtypes"]), params, Processor.load(os.path.join(workdir, "processor.json")), config, step)
+    model = registry.build(**sections["model"], dtypes=sections["dtypes"])
+    return Loaded(model, params, Processor.load(os.path.join(workdir, "processor.json")), config, step)

@@ -1,6 +1,6 @@
 """From a config section to a call: each section is the keyword arguments of exactly one function or dataclass."""
-import inspect
 from collections.abc import Callable, Mapping
+import inspect
 from typing import Any
 
 from vlm_jax.errors import ConfigError, did_you_mean

@@ -4,12 +4,12 @@ Each point trains in `WORKDIR/NAME` by the ordinary command, in a process of its
 `WORKDIR/sweep.json` and the printed table hold the final metrics.
 """
 import argparse
+from collections.abc import Sequence
 import itertools
 import json
+from pathlib import Path
 import subprocess
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 from vlm_jax import command_line
 from vlm_jax.errors import ConfigError, VlmError

@@ -1,4 +1,4 @@
-"""LiT: a text tower learns to read a locked, pre-trained image tower, on COCO captions. Zhai et al. 2022, "LiT: Zero-Shot Transfer with Locked-image text Tuning".
+"""LiT on COCO captions: a text tower learns to read a locked, pre-trained image tower. Zhai et al. 2022, "LiT".
 
 Prepare:  python -m vlm_jax.data.prepare coco_captions
 Launch:   python -m vlm_jax.train --config configs/lit/coco_captions.py:init=runs/my_image_tower,tokenizer=c4_en.model --workdir runs/lit_coco

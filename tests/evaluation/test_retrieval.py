@@ -1,6 +1,5 @@
 """Recall against brute force; ties, groups, several captions, languages; predictions that can be scored again."""
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 import numpy as np
 import pytest
 

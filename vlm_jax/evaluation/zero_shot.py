@@ -37,7 +37,8 @@ def zero_shot(predictor: Any, folder: str | os.PathLike, source: Mapping[str, An
         raise ConfigError(f"{data.name} has no class names; give class_names, a list of at least two.")
     for row in rows:
         if not isinstance(row.get("label"), (int, np.integer)) or not 0 <= row["label"] < len(names):
-            raise DataError(f"{data.describe(row['index'])}: its label {row.get('label')!r} is not one of the {len(names)} classes; correct label or class_names.")
+            raise DataError(f"{data.describe(row['index'])}: its label {row.get('label')!r} is not one of the {len(names)} classes; "
+                            "correct label or class_names.")
     classes = class_embeddings(predictor, names, templates)
     scores = predictor.embed_images([row["image"] for row in rows]) @ classes.T
     labels = np.array([row["label"] for row in rows])

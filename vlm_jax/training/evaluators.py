@@ -1,7 +1,7 @@
 """Runs the evaluations of a config on a predictor, during training and from `python -m vlm_jax.evaluate`."""
+from collections.abc import Mapping, Sequence
 import os
 import time
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_jax.errors import ConfigError, did_you_mean

@@ -1,8 +1,8 @@
 """The one training loop. Read `train` from top to bottom; it knows no model: a task hands it pure functions (docs/architecture.md)."""
+from collections.abc import Mapping
 import json
 import os
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -57,7 +57,7 @@ def train(config, workdir: str | os.PathLike, *, profile: str | None = None, dev
                 parts.processor.save(os.path.join(workdir, "processor.json"))
                 announce(parts, config, workdir)
                 with jax.set_mesh(parts.mesh):
-                    state, loss, evaluations = run_stage(parts, config, workdir, step, state, checkpoints, writer, peak, final=stages[-1].last, profile=profile)
+                    state, loss, evaluations = run_stage(parts, config, workdir, step, state, checkpoints, writer, peak, stages[-1].last, profile)
                 step = parts.last
             if parts.stage.index + 1 == len(stages):
                 break
@@ -183,8 +183,8 @@ def check_finite(pending, workdir: str) -> None:
     path = os.path.join(workdir, "diverged.json")
     with open(path, "w") as file:
         json.dump({"step": step, "loss": repr(float(metrics["loss"])), "example_id": ids}, file)
-    raise DivergedError(f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['gradient_norm'])}; the examples of the batch are in {path}, the "
-                        "checkpoints are sound. Lower the learning rate, set clip, or look at those examples.")
+    raise DivergedError(f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['gradient_norm'])}; the examples of the batch are in "
+                        f"{path}, the checkpoints are sound. Lower the learning rate, set clip, or look at those examples.")
 
 
 def prepare_workdir(workdir: str) -> None:

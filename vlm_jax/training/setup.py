@@ -1,6 +1,6 @@
 """From a resolved config to what one stage trains with: model, task, mesh, data, optimiser, the compiled step."""
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+import dataclasses
 from typing import Any
 
 import jax
@@ -130,14 +130,16 @@ def check_fit(model, processor: Processor, where: str) -> None:
     if processor.length is not None and "tokens" in shapes and processor.length != shapes["tokens"][0]:
         raise ConfigError(f"{where}.text gives {processor.length} tokens, the model takes {shapes['tokens'][0]}; change tokenize.length or model.text.length.")
     if processor.vocab_size is not None and processor.vocab_size > model.text["vocab_size"]:
-        raise ConfigError(f"{where}.text: the tokenizer has {processor.vocab_size} entries, the model's table {model.text['vocab_size']}; raise model.text.vocab_size.")
+        raise ConfigError(f"{where}.text: the tokenizer has {processor.vocab_size} entries, the model's table {model.text['vocab_size']}; "
+                          "raise model.text.vocab_size.")
 
 
 def place(abstract, mesh: jax.sharding.Mesh, rules=None):
     """Returns the abstract state with a sharding on every leaf; optimiser and moving average lie as the parameters they belong to."""
     shardings = parameter_shardings(mesh, abstract, rules)
     replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if leaf.ndim else replicated), abstract, shardings)
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if leaf.ndim else replicated),
+                        abstract, shardings)
 
 
 def make_step(task, optimizer: Optimizer, stage: Stage, abstract_state, seed: int, first: int) -> Callable:

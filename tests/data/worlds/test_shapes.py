@@ -60,7 +60,7 @@ def test_single_shapes_are_large_and_inside():
     source = shapes_source(size=64)
     for i in range(200):
         scene = source.scene(i)[0]
-        assert 0.40 <= scene.side <= 0.70 and scene.side / 2 <= scene.x <= 1 - scene.side / 2 and abs(scene.angle) <= 12
+        assert 0.60 <= scene.side <= 0.85 and scene.side / 2 <= scene.x <= 1 - scene.side / 2 and abs(scene.angle) <= 12
 
 
 def test_several_objects_do_not_overlap():

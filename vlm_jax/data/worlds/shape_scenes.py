@@ -21,7 +21,7 @@ _NOISE = 4.0
 _HOLE = 0.52
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 # Sides of the shapes as parts of the picture's side.
-SIDES = (0.40, 0.70)
+SIDES = (0.60, 0.85)
 _SIZES = {"small": (0.24, 0.32), "large": (0.42, 0.56)}
 _CELL_SIDES = (0.30, 0.42)
 
