@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax import registry
 from vlm_jax.data.loader import Loader
@@ -14,7 +13,7 @@ from vlm_jax.data.sources import build_source
 from vlm_jax.errors import ConfigError
 from vlm_jax.settings import call
 from vlm_jax.sharding.mesh import make_mesh, process_part
-from vlm_jax.sharding.rules import parameter_shardings
+from vlm_jax.sharding.rules import parameter_shardings, state_shardings
 from vlm_jax.tasks import build_task
 from vlm_jax.training.gradients import ema_update, value_and_gradients
 from vlm_jax.training.optimizers import Optimizer, build_optimizer
@@ -134,12 +133,11 @@ def check_fit(model, processor: Processor, where: str) -> None:
                           "raise model.text.vocab_size.")
 
 
-def place(abstract, mesh: jax.sharding.Mesh, rules=None):
+def place(abstract: Mapping[str, Any], mesh: jax.sharding.Mesh, rules=None) -> dict:
     """Returns the abstract state with a sharding on every leaf; optimiser and moving average lie as the parameters they belong to."""
-    shardings = parameter_shardings(mesh, abstract, rules)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if leaf.ndim else replicated),
-                        abstract, shardings)
+    of_parameters = parameter_shardings(mesh, abstract["params"], rules)
+    shardings = state_shardings(mesh, abstract, abstract["params"], of_parameters)
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
 
 
 def make_step(task, optimizer: Optimizer, stage: Stage, abstract_state, seed: int, first: int) -> Callable:
