@@ -18,7 +18,20 @@ from typing import Any
 from vlm_jax.errors import CheckpointError
 from vlm_jax.training.append_file import is_remote
 from vlm_jax.training.metrics import duration, read_metrics
-from vlm_jax.training.report_html import (bar_cell, compact_json, escape, folded, is_number, is_share, line_chart, number, plural, table, words)
+from vlm_jax.training.report_files import (
+    as_dict,
+    as_list,
+    children,
+    open_folder,
+    parameter_bytes,
+    parameter_count,
+    parameter_total,
+    read_bytes,
+    read_evaluations,
+    read_json,
+    read_text,
+)
+from vlm_jax.training.report_html import bar_cell, compact_json, escape, folded, is_number, is_share, line_chart, number, plural, table, words
 from vlm_jax.training.report_style import STYLE
 
 PICTURES_LIMIT = 24 * 2**20   # bytes of pictures in one report
@@ -50,7 +63,7 @@ def write_report(workdir: str | os.PathLike) -> str:
 
 
 def _write(workdir: str | os.PathLike) -> str:
-    folder = _folder(workdir)
+    folder = open_folder(workdir)
     path = os.path.join(os.fspath(workdir), "report.html")
     page = build_report(folder)
     if is_remote(path):
@@ -64,11 +77,11 @@ def _write(workdir: str | os.PathLike) -> str:
 
 def build_report(folder: Path) -> str:
     """Returns the page of the run in `folder`."""
-    config, environment = _json(folder / "config.json"), _json(folder / "environment.json")
+    config, environment = read_json(folder / "config.json"), read_json(folder / "environment.json")
     rows = read_metrics(os.fspath(folder))
     train = [row for row in rows if row.get("kind") == "train"]
-    evaluations = _evaluations(folder, rows)
-    parameters = _text(folder / "parameters.txt")
+    evaluations = read_evaluations(folder, rows)
+    parameters = read_text(folder / "parameters.txt")
     name = str(config.get("name") or os.path.basename(os.path.normpath(os.fspath(folder))) or "run")
     parts = [
         f'<header><h1>{escape(words(name))}</h1><p class="lead">{escape(sentence(config, train, parameters))}</p></header>',
@@ -78,29 +91,30 @@ def build_report(folder: Path) -> str:
         _times(config, train, evaluations, environment),
         "<h2>The run in full</h2>",
         folded("Config", "every setting, resolved", f"<pre>{escape(compact_json(config))}</pre>") if config else "",
-        folded("Parameters", escape(_total(parameters)), f"<pre>{escape(parameters)}</pre>") if parameters else "",
+        folded("Parameters", escape(parameter_total(parameters)), f"<pre>{escape(parameters)}</pre>") if parameters else "",
         folded("Environment", "versions and devices", _environment(environment)) if environment else "",
         '<footer>Written by vlm_jax from the files of the run. To write it anew: <code>python -m vlm_jax.training.report WORKDIR</code></footer>',
     ]
+    body = "\n".join(part for part in parts if part)
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<title>{escape(words(name))}</title><style>{STYLE}</style></head>\n<body><main>\n' + "\n".join(part for part in parts if part) + "\n</main></body></html>\n")
+            f'<title>{escape(words(name))}</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n')
 
 
 def sentence(config: Mapping[str, Any], train: Sequence[Mapping[str, Any]], parameters: str = "") -> str:
     """Returns what the run is in one plain sentence or two."""
-    model, stages, task = _dict(config.get("model")), _list(config.get("stages")), _dict(config.get("task"))
+    model, stages, task = as_dict(config.get("model")), as_list(config.get("stages")), as_dict(config.get("task"))
     if not model:
         return "A training run."
     system = SYSTEMS.get(str(model.get("name")), words(str(model.get("name", "model"))))
-    size = f" of {number(_count(parameters))} parameters" if _count(parameters) else ""
+    size = f" of {number(parameter_count(parameters))} parameters" if parameter_count(parameters) else ""
     article = "An" if system[0] in "AEIOU" else "A"
     text = f"{article} {system} model{size}"
     text += f", trained for {plural(train[-1]['step'], 'step')}" if train else ", before its first logged step"
     sources, batch = [], None
     for stage in stages:
-        for stream in _dict(_dict(stage).get("data")).values():
-            source = _dict(_dict(stream).get("source"))
-            batch = _dict(stream).get("batch_size") or batch
+        for stream in as_dict(as_dict(stage).get("data")).values():
+            source = as_dict(as_dict(stream).get("source"))
+            batch = as_dict(stream).get("batch_size") or batch
             if source.get("name") and source["name"] not in sources:
                 sources.append(source["name"])
     text += f" of {batch} examples" if batch and train and len(stages) == 1 else f" in {len(stages)} stages" if train and len(stages) > 1 else ""
@@ -118,7 +132,9 @@ def headline(train: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Mappi
         metrics = steps[max(steps)]
         keys = [key for key in ("top1", "text_to_image/r@1", "image_to_text/r@1") if is_number(metrics.get(key))]
         keys = keys or [key for key, value in metrics.items() if key not in COUNTS and is_number(value) and key.count("/") < 2][:1]
-        figures += [(f"{words(name)}: {metric_words(key)}", number(metrics[key], key), _remark(metrics, key)) for key in keys[:2]]
+        for key in keys[:2]:
+            title = ", ".join([words(name), *map(words, key.split("/")[:-1])])
+            figures.append((title, number(metrics[key], key), _remark(metrics, key)))
     figures = figures[:4]
     losses = [row["loss"] for row in train if is_number(row.get("loss"))]
     if losses:
@@ -127,8 +143,8 @@ def headline(train: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Mappi
     if seconds:
         rates = [row["examples_per_second"] for row in train if is_number(row.get("examples_per_second"))]
         figures.append(("time in training", duration(seconds), f"{number(round(statistics.median(rates)))} examples/s" if rates else ""))
-    if _count(parameters):
-        figures.append(("parameters", _short(_count(parameters)), _bytes_of(parameters)))
+    if parameter_count(parameters):
+        figures.append(("parameters", _short(parameter_count(parameters)), parameter_bytes(parameters)))
     speed = [row["gflops"] for row in train if is_number(row.get("gflops"))]
     if speed:
         machine = environment.get("matmul_gflops")
@@ -154,16 +170,16 @@ def training_seconds(train: Sequence[Mapping[str, Any]]) -> float:
 
 
 def metric_words(key: str) -> str:
-    """Returns the name of a metric as people say it: `text_to_image/r@1` is `text to image, recall at 1`."""
-    special = {"top1": "right at first guess", "top5": "right within five guesses", "mean_per_class": "right, mean of the classes"}
-    parts = [f"recall at {part[2:]}" if part.startswith("r@") else special.get(part, words(part)) for part in key.split("/")]
+    """Returns the name of a metric as people say it: `text_to_image/r@1` is `text to image, recall@1`."""
+    special = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "mean_per_class": "mean per-class accuracy"}
+    parts = [f"recall@{part[2:]}" if part.startswith("r@") else special.get(part, words(part)) for part in key.split("/")]
     return ", ".join(parts)
 
 
 def _training(config: Mapping[str, Any], train: Sequence[Mapping[str, Any]]) -> str:
-    stages, ends = _list(config.get("stages")), []
+    stages, ends = as_list(config.get("stages")), []
     for stage in stages[:-1]:
-        steps = _dict(stage).get("steps")
+        steps = as_dict(stage).get("steps")
         ends.append((ends[-1] if ends else 0) + (steps if is_number(steps) else 0))
 
     def curve(title: str, key: str, smoothed: bool = False) -> str:
@@ -188,19 +204,24 @@ def _evaluation(folder: Path, name: str, steps: Mapping[int, Mapping[str, Any]])
     counts += [f"{metrics['seconds']:.1f} seconds"] if is_number(metrics.get("seconds")) else []
     charts = ""
     for suffix, group in _by_kind(single).items():
-        charts += line_chart(f"{suffix} over steps", {key: [(step, steps[step].get(key)) for step in sorted(steps)] for key in group})
+        charts += line_chart(f"{suffix} over steps", {key: [(step, steps[step].get(key)) for step in sorted(steps)] for key in group}, called=_called)
+    files = folder / "evaluations" / name / str(last)
     parts = [f'<h2>Evaluation: {escape(words(name))}</h2><p class="note">At step {last:,}{": " + escape(", ".join(counts)) if counts else ""}.</p>',
-             _metric_tables(single), _language_table({key: value for key, value in shown.items() if key.count("/") >= 2}),
-             f'<div class="charts">{charts}</div>' if charts else "", _pictures(folder / "evaluations" / name / str(last)),
-             _predictions(folder / "evaluations" / name / str(last) / "predictions.jsonl")]
+             f'<div class="side">{_metric_tables(single)}{charts}</div>' if single or charts else "",
+             _language_table({key: value for key, value in shown.items() if key.count("/") >= 2}), _pictures(files),
+             _predictions(files / "predictions.jsonl")]
     return "".join(parts)
+
+
+def _called(key: str) -> str:
+    return words(key.split("/")[0]) if "/" in key else metric_words(key).removesuffix(" accuracy")
 
 
 def _by_kind(metrics: Mapping[str, Any]) -> dict[str, list[str]]:
     kinds: dict[str, list[str]] = {}
     for key in metrics:
         last = key.split("/")[-1]
-        kind = "Recall at 1" if last == "r@1" else "Share that is right" if "/" not in key and is_share(key) else None
+        kind = "Recall@1" if last == "r@1" else "Accuracy" if "/" not in key and is_share(key) else None
         if kind:
             kinds.setdefault(kind, []).append(key)
     return kinds or {"Metrics": list(metrics)[:6]}
@@ -212,13 +233,14 @@ def _metric_tables(metrics: Mapping[str, Any]) -> str:
     paired = {key: value for key, value in metrics.items() if "/" in key}
     tables = []
     if alone:
-        tables.append(table(["metric", "value", ""], [(escape(metric_words(key)), escape(number(value, key)), bar_cell(value, key)) for key, value in alone.items()]))
+        tables.append(table(["metric", "value", ""],
+                            [(escape(metric_words(key)), escape(number(value, key)), bar_cell(value, key)) for key, value in alone.items()]))
     if paired:
         columns = list(dict.fromkeys(key.split("/")[0] for key in paired))
         lines = list(dict.fromkeys(key.split("/", 1)[1] for key in paired))
-        tables.append(table(["metric", *(escape(words(column)) for column in columns)],
-                            [(escape(metric_words(line)), *(escape(number(paired.get(f"{column}/{line}"), line)) for column in columns)) for line in lines]))
-    return f'<div class="side">{"".join(tables)}</div>' if tables else ""
+        rows = [(escape(metric_words(line)), *(escape(number(paired.get(f"{column}/{line}"), line)) for column in columns)) for line in lines]
+        tables.append(table(["metric", *(escape(words(column)) for column in columns)], rows))
+    return f'<div>{"".join(tables)}</div>' if tables else ""
 
 
 def _language_table(metrics: Mapping[str, Any]) -> str:
@@ -232,7 +254,8 @@ def _language_table(metrics: Mapping[str, Any]) -> str:
     bases = [base for group in groups for base in bases if base.split("/")[0] == group]
     above = "<tr><th></th>" + "".join(f'<th class="group" scope="colgroup" colspan="{sum(base.split("/")[0] == group for base in bases)}">'
                                       f"{escape(words(group))}</th>" for group in groups) + "</tr>"
-    rows = [(escape(LANGUAGES.get(language, language)), *(escape(number(metrics.get(f"{base}/{language}"), base)) for base in bases)) for language in languages]
+    rows = [(escape(LANGUAGES.get(language, language)), *(escape(number(metrics.get(f"{base}/{language}"), base)) for base in bases))
+            for language in languages]
     title = "By language" if all(len(language) <= 3 or "-" in language for language in languages) else "In parts"
     return f'<h3>{title}</h3>' + table(["", *(escape(words(base.split("/", 1)[-1])) for base in bases)], rows, above=above)
 
@@ -240,8 +263,8 @@ def _language_table(metrics: Mapping[str, Any]) -> str:
 def _pictures(folder: Path) -> str:
     """The PNG files of an evaluation, largest first."""
     found = []
-    for path in _children(folder):
-        data = _bytes(path) if path.name.endswith(".png") else b""
+    for path in children(folder):
+        data = read_bytes(path) if path.name.endswith(".png") else b""
         if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
             found.append((*struct.unpack(">II", data[16:24]), path.name.removesuffix(".png"), data))
     figures, used = [], 0
@@ -252,14 +275,15 @@ def _pictures(folder: Path) -> str:
         if used > PICTURES_LIMIT:
             figures.append(f'<p class="note">{escape(title)} is too large to be shown here; it is in the folder of the evaluation.</p>')
             continue
-        figures.append(f'<figure style="width:{min(width, 1000)}px"><img width="{width}" height="{height}" alt="{escape(title)}" '
-                       f'src="data:image/png;base64,{base64.b64encode(data).decode()}"><figcaption>{escape(caption)}</figcaption></figure>')
+        kind = ' class="wide"' if width >= 800 else ""
+        figures.append(f'<figure{kind} style="width:{min(width, 1000)}px"><div class="scroll">'
+                       f'<img width="{width}" height="{height}" alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></div><figcaption>{escape(caption)}</figcaption></figure>')
     return f'<div class="pictures">{"".join(figures)}</div>' if figures else ""
 
 
 def _predictions(path: Path) -> str:
     """A few predictions, evenly spread over the file, as text."""
-    lines = [line for line in _text(path).splitlines() if line.strip()]
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
     picked = [lines[i * len(lines) // PREDICTIONS_SHOWN] for i in range(PREDICTIONS_SHOWN)] if len(lines) > PREDICTIONS_SHOWN else lines
     rows = []
     for line in picked:
@@ -269,10 +293,11 @@ def _predictions(path: Path) -> str:
             continue
         if not isinstance(item, dict):
             continue
-        best = _dict(next(iter(_list(item.get("answers"))), {"text": item.get("answer", "")}))
+        best = as_dict(next(iter(as_list(item.get("answers"))), {"text": item.get("answer", "")}))
         right = item.get("rank") == 1 if "rank" in item else item.get("answer") == item.get("label")
         rows.append((escape(_place(item)), f'<td class="text" dir="auto">{escape(_said(item.get("query", item)))}</td>',
-                     f'<td class="text {"right" if right else "wrong"}" dir="auto">{escape(_said(best))}</td>', f'<td class="number">{escape(number(item.get("rank")))}</td>'))
+                     f'<td class="text {"right" if right else "wrong"}" dir="auto">{escape(_said(best))}</td>',
+                     f"<td>{escape(number(item.get('rank')))}</td>"))
     if not rows:
         return ""
     head = ["task", "asked, or true", "first answer", "rank of the right one"]
@@ -299,25 +324,31 @@ def _times(config: Mapping[str, Any], train: Sequence[Mapping[str, Any]], evalua
 
     seconds = training_seconds(train)
     evaluating = sum(metrics["seconds"] for steps in evaluations.values() for metrics in steps.values() if is_number(metrics.get("seconds")))
-    rows = [("time in training steps", duration(seconds) if seconds else None), ("time in evaluations", duration(evaluating) if evaluating else None),
-            ("seconds a step, median", median("seconds_per_step")), ("examples a second, median", median("examples_per_second")),
-            ("waiting for data", (median("data_wait"), "data_wait")), ("model, GF/s", median("gflops")), ("machine, GF/s in a matrix product", environment.get("matmul_gflops")),
-            ("share of the machine's speed that the model reaches", (median("mfu"), "mfu"))]
-    shown = []
-    for title, value in rows:
-        value, name = value if isinstance(value, tuple) else (value, "")
-        if value is not None:
-            shown.append((escape(title), escape(number(round(value, 3) if is_number(value) and not name else value, name))))
+    values = {
+        "time in training steps": duration(seconds) if seconds else None,
+        "time in evaluations": duration(evaluating) if evaluating else None,
+        "seconds a step, median": median("seconds_per_step"),
+        "examples a second, median": median("examples_per_second"),
+        "share of the time that waits for data": _percent(median("data_wait")),
+        "model, GF/s": median("gflops"),
+        "machine, GF/s in a matrix product": environment.get("matmul_gflops"),
+        "share of the machine's speed that the model reaches": _percent(median("mfu")),
+    }
+    shown = [(escape(title), escape(number(value))) for title, value in values.items() if value is not None]
     started = environment.get("started")
     shown += [("began", escape(str(started).replace("T", " ").replace("+00:00", " UTC")))] if started else []
     return "<h2>Time and speed</h2>" + table([], shown) if shown else ""
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else number(value, "accuracy")
 
 
 def _environment(environment: Mapping[str, Any]) -> str:
     rows = []
     for key, value in environment.items():
         if key == "packages":
-            rows += [(escape(name), escape(version)) for name, version in _dict(value).items()]
+            rows += [(escape(name), escape(version)) for name, version in as_dict(value).items()]
         elif isinstance(value, list):
             rows.append((escape(words(key)), escape(" ".join(without for without in map(_last_part, value)))))
         elif isinstance(value, dict):
@@ -332,88 +363,20 @@ def _last_part(argument: Any) -> str:
     return text.rsplit("/", 1)[-1] if text.startswith("/") else text
 
 
-def _evaluations(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
-    """{evaluation: {step: metrics}}: from the log, completed by the metrics.json files (evaluations run by hand)."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in rows:
-        if row.get("kind") == "eval" and isinstance(row.get("name"), str):
-            found.setdefault(row["name"], {})[row["step"]] = {key: value for key, value in row.items() if key not in ("step", "kind", "name")}
-    for place in _children(folder / "evaluations"):
-        for step in _children(place):
-            if step.name.isdigit() and int(step.name) not in found.get(place.name, {}):
-                metrics = _json(step / "metrics.json")
-                if metrics or any(path.name.endswith(".png") for path in _children(step)):
-                    found.setdefault(place.name, {})[int(step.name)] = metrics
-    return found
-
-
 def _remark(metrics: Mapping[str, Any], key: str) -> str:
     last, pictures, classes = key.split("/")[-1], metrics.get("pictures"), metrics.get("classes")
     pool = classes if last == "top1" else pictures if last == "r@1" and key.startswith("text_to_image") else None
-    return f"a guess: {number(1 / pool, last)}" if is_number(pool) and pool > 0 else f"of {number(pictures)} pictures" if is_number(pictures) else ""
+    chance = f"chance {number(1 / pool, last)}" if is_number(pool) and pool > 0 else f"of {number(pictures)} pictures" if is_number(pictures) else ""
+    return ", ".join(part for part in (metric_words(last), chance) if part)
 
 
 def _small_unit(text: str) -> str:
-    value, space, unit = text.partition(" ")
+    value, space, unit = text.replace("\u00a0", " ").partition(" ")
     return f"{value}<small> {unit}</small>" if space else text
-
-
-def _total(parameters: str) -> str:
-    lines = parameters.strip().splitlines()
-    return lines[-1].removeprefix("total: ") if lines and lines[-1].startswith("total: ") else ""
-
-
-def _count(parameters: str) -> int | None:
-    digits = _total(parameters).split(" ")[0].replace(",", "")
-    return int(digits) if digits.isdigit() else None
-
-
-def _bytes_of(parameters: str) -> str:
-    return ", ".join(_total(parameters).replace(";", ", ").split(", ")[1:2])
 
 
 def _short(count: int) -> str:
     return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million" if count >= 1e6 else f"{count:,}"
-
-
-def _folder(workdir: str | os.PathLike) -> Path:
-    if is_remote(workdir):
-        from etils import epath
-        return epath.Path(workdir)
-    return Path(workdir)
-
-
-def _children(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir(), key=lambda path: path.name)
-    except OSError:
-        return []
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-def _text(path: Path) -> str:
-    return _bytes(path).decode("utf-8", errors="replace")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return _dict(json.loads(_text(path)))
-    except ValueError:
-        return {}
-
-
-def _dict(value: Any) -> dict:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list:
-    return value if isinstance(value, list) else []
 
 
 def main(argv: Sequence[str] | None = None) -> None:

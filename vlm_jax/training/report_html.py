@@ -1,5 +1,5 @@
 """Pieces of a report: escaped text, numbers as people write them, tables, folded parts and curves as inline SVG."""
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import html
 import json
 import math
@@ -34,11 +34,11 @@ def is_share(name: str) -> bool:
 
 
 def number(value: Any, name: str = "") -> str:
-    """Returns a value for people: `48.3 %`, `1,529,858`, `2.918`, `3.9e-08`, or a dash where there is none."""
+    """Returns a value for people: `48.3 %` (never broken in two), `1,529,858`, `2.918`, `3.9e-08`, or a dash where there is none."""
     if not is_number(value):
         return "–" if value is None or isinstance(value, float) else str(value)
     if is_share(name):
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.1f}\u00a0%"
     if value == 0 or (float(value).is_integer() and abs(value) < 1e15):
         return f"{int(value):,}"
     size = abs(value)
@@ -127,7 +127,8 @@ def smooth(points: Points, share: float = 0.05) -> list[tuple[float, float]]:
     return result
 
 
-def line_chart(title: str, series: Mapping[str, Points], stages: Sequence[int] = (), smoothed: bool = False) -> str:
+def line_chart(title: str, series: Mapping[str, Points], stages: Sequence[int] = (), smoothed: bool = False,
+               called: Callable[[str], str] = words) -> str:
     """Returns a figure of curves over steps as inline SVG, or "" where no curve has two finite points.
 
     Args:
@@ -135,6 +136,7 @@ def line_chart(title: str, series: Mapping[str, Points], stages: Sequence[int] =
       series: {name: [(step, value), ...]}; up to six.
       stages: steps at which a stage of training begins, drawn as dotted lines.
       smoothed: draws the points of one curve faintly and their running average above.
+      called: from the name of a curve to the words of its key.
     """
     series = {name: [(x, y) for x, y in points if is_number(x) and is_number(y)] for name, points in list(series.items())[:6]}
     series = {name: points for name, points in series.items() if len(points) > 1}
@@ -143,34 +145,36 @@ def line_chart(title: str, series: Mapping[str, Points], stages: Sequence[int] =
     xs, ys = zip(*(point for points in series.values() for point in points))
     share = all(is_share(name) for name in series)
     vertical = ticks(*((0.0, max(0.01, *ys)) if share else (min(ys), max(ys))))
-    across = max(xs) - min(xs) or 1
+    begin, across = min(0, *xs), max(xs) - min(0, *xs) or 1
     left, right, top, bottom, width, height = 54, 462, 14, 218, 480, 248
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return left + (x - min(xs)) / across * (right - left), bottom - (y - vertical[0]) / (vertical[-1] - vertical[0]) * (bottom - top)
+        return left + (x - begin) / across * (right - left), bottom - (y - vertical[0]) / (vertical[-1] - vertical[0]) * (bottom - top)
 
     parts = []
     for value in vertical:
-        y = place(min(xs), value)[1]
+        y = place(begin, value)[1]
         label = f"{100 * value:g} %" if share else _tick(value, vertical)
-        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/><text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    for value in _whole_ticks(min(xs), max(xs)):
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                     f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    for value in _whole_ticks(begin, max(xs)):
         parts.append(f'<text x="{place(value, 0)[0]:.1f}" y="{bottom + 21}" text-anchor="middle">{_thousands(value)}</text>')
     for step in stages:
-        if min(xs) < step < max(xs):
+        if begin < step < max(xs):
             x = place(step, 0)[0]
-            parts.append(f'<line class="stage" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"><title>a stage begins after step {step:,}</title></line>')
+            parts.append(f'<line class="stage" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}">'
+                         f'<title>a stage begins after step {step:,}</title></line>')
     for i, (name, points) in enumerate(series.items()):
         drawn = points
-        if smoothed and len(points) > 20:
+        if smoothed and len(points) > 60:
             parts.append(f'<path class="curve faint s{i}" d="{_path(points, place)}"/>')
             drawn = smooth(points)
         parts.append(f'<path class="curve s{i}" d="{_path(drawn, place)}"/>')
         for x, y in (points if len(points) <= 12 and not smoothed else points[-1:] if not smoothed else drawn[-1:]):
             cx, cy = place(x, y)
             parts.append(f'<circle class="dot s{i}" cx="{cx:.1f}" cy="{cy:.1f}" r="4"><title>step {x:,}: {escape(number(y, name))}</title></circle>')
-    keys = "".join(f'<span class="key"><i class="s{i}"></i>{escape(words(name))}</span>' for i, name in enumerate(series)) if len(series) > 1 else ""
-    last = ", ".join(f"{words(name)} {number(points[-1][1], name)}" for name, points in series.items())
+    keys = "".join(f'<span class="key"><i class="s{i}"></i>{escape(called(name))}</span>' for i, name in enumerate(series)) if len(series) > 1 else ""
+    last = ", ".join(f"{called(name)} {number(points[-1][1], name)}" for name, points in series.items())
     return (f'<figure class="chart"><figcaption>{escape(title)}{keys}</figcaption><svg viewBox="0 0 {width} {height}" role="img" '
             f'aria-label="{escape(title)} over steps; at the end: {escape(last)}">{"".join(parts)}</svg></figure>')
 
@@ -191,7 +195,7 @@ def _tick(value: float, among: Sequence[float]) -> str:
 
 
 def _whole_ticks(low: float, high: float) -> list[float]:
-    return [value for value in ticks(low, high, 6) if low <= value <= high and float(value).is_integer()]
+    return [value for value in ticks(low, high, 5) if low <= value <= high and float(value).is_integer()]
 
 
 def _thousands(value: float) -> str:

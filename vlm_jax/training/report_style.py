@@ -20,13 +20,14 @@ p { margin: 0 0 12px; max-width: 72ch; }
 .figures { display: grid; grid-template-columns: repeat(4, 1fr); gap: 1px; background: var(--line);
   border: 1px solid var(--line); border-radius: 12px; overflow: hidden; margin: 0; }
 .figures > div { background: var(--card); padding: 18px 20px 16px; display: flex; flex-direction: column; }
-.figures dt { color: var(--soft); font-size: 13px; line-height: 1.35; overflow-wrap: anywhere; }
+.figures dt { font-size: 13.5px; line-height: 1.4; overflow-wrap: anywhere; }
 .figures dd { margin: 0; }
+.figures dt { font-weight: 600; }
+.figures dd.value { order: -1; margin-bottom: 4px; }
 .figures dd.value { font-size: 30px; line-height: 1.25; font-weight: 600; letter-spacing: -0.02em; font-variant-numeric: tabular-nums; }
 .figures dd.value small { font-size: 17px; font-weight: 500; letter-spacing: 0; color: var(--soft); }
 .figures dd.remark { font-size: 13px; color: var(--soft); line-height: 1.4; overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 20px; }
-.charts > .chart:only-child { grid-column: 1 / -1; max-width: 640px; }
 figure { margin: 0; }
 .chart { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px 16px 10px; }
 .chart figcaption { font-size: 14px; font-weight: 600; margin: 0 0 6px; display: flex; flex-wrap: wrap; gap: 2px 16px; align-items: baseline; }
@@ -45,6 +46,7 @@ svg text.end { font-weight: 600; fill: var(--ink); }
 .pictures { display: flex; flex-wrap: wrap; gap: 24px; margin-top: 24px; align-items: flex-start; }
 .pictures figure { max-width: 100%; }
 .pictures img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 10px; }
+.pictures .scroll { margin: 0; }
 .pictures figcaption { color: var(--soft); font-size: 14px; margin-top: 8px; max-width: 64ch; }
 .scroll { overflow-x: auto; margin: 0 0 8px; }
 table { border-collapse: collapse; font-size: 14.5px; font-variant-numeric: tabular-nums; }
@@ -53,13 +55,13 @@ thead th { font-weight: 500; color: var(--soft); font-size: 13px; vertical-align
 tbody th { font-weight: 500; }
 td.number, th.number { text-align: right; padding: 7px 0 7px 22px; }
 th.group { text-align: center; padding-left: 22px; border-bottom: 1px solid var(--line); }
-td.bar { width: 180px; padding: 7px 0 7px 22px; vertical-align: middle; }
+td.bar { width: 130px; padding: 7px 0 7px 22px; vertical-align: middle; }
 td.bar span { display: block; height: 8px; border-radius: 4px; background: var(--tint); overflow: hidden; }
 td.bar b { display: block; height: 100%; background: var(--c0); border-radius: 4px; }
 td.text { white-space: normal; min-width: 150px; max-width: 340px; overflow-wrap: anywhere; }
 td.right { color: var(--c2); } td.wrong { color: var(--c1); }
 tr.total > * { font-weight: 600; border-top: 1px solid var(--soft); }
-.side { display: flex; flex-wrap: wrap; gap: 8px 64px; }
+.side { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 20px; align-items: start; }
 details { border: 1px solid var(--line); border-radius: 12px; background: var(--card); margin: 0 0 12px; }
 summary { cursor: pointer; padding: 13px 18px; font-weight: 600; font-size: 15px; }
 summary span { font-weight: 400; color: var(--soft); margin-left: 8px; }
@@ -73,7 +75,9 @@ footer { color: var(--soft); font-size: 13px; margin-top: 56px; padding-top: 16p
   main { padding: 28px 16px 48px; } h1 { font-size: 27px; } h2 { margin-top: 40px; } .lead { font-size: 16.5px; }
   .charts { grid-template-columns: minmax(0, 1fr); gap: 14px; } .chart { padding: 12px 12px 8px; }
   svg text { font-size: 15px; }
-  .figures > div { padding: 14px 14px 12px; } .figures dd.value { font-size: 25px; }
+  .figures > div { padding: 14px 14px 12px; } .figures dd.value { order: -1; margin-bottom: 4px; }
+.figures dd.value { font-size: 25px; }
+  .side { grid-template-columns: minmax(0, 1fr); } .pictures .wide img { max-width: 640px; }
   td.bar { display: none; } th, td { padding-right: 16px; } td.number, th.number { padding-left: 16px; }
 }
 @media print { details > div { display: block; } .chart, figure, .figures { break-inside: avoid; } }
