@@ -107,7 +107,8 @@ def test_sweep_names_points_and_gathers_metrics(tmp_path):
         sweep.parse_grid(["seed=0", "seed=1"])
     with pytest.raises(ConfigError, match="KEY=VALUE"):
         sweep.parse_grid(["seed"])
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "eval", "name": "a", "r@1": 0.25, "seconds": 1.0}\n{"step": 2, "kind": "eval", "name": "a", "r@1": 0.5}\n')
+    rows = [{"step": 1, "kind": "eval", "name": "a", "r@1": 0.25, "seconds": 1.0}, {"step": 2, "kind": "eval", "name": "a", "r@1": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     assert sweep.final_metrics(tmp_path) == {"a/r@1": 0.5}
 
 

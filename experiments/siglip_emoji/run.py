@@ -15,8 +15,8 @@ BAR = {"heldout_attributes_t2i_r1": 0.60, "heldout_attributes_t2i_r5": 0.92}
 
 def main(runs: Path, seeds: tuple[int, ...], multilingual: bool, output: Path, variant: str) -> dict[str, float]:
     """Runs the study and writes results.json into `output`; returns its metrics."""
-    from vlm_jax.data.worlds.emoji_splits import HELDOUT_LANGUAGES, TRAIN_LANGUAGES
     from vlm_jax.data.worlds.emoji_font import font_sha256
+    from vlm_jax.data.worlds.emoji_splits import HELDOUT_LANGUAGES, TRAIN_LANGUAGES
     gflops = matmul_gflops()
     by_seed = over_seeds(f"configs/siglip/emoji.py:variant={variant}", runs / "english", seeds)
     held_out = "heldout_attributes"

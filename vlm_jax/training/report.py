@@ -44,6 +44,7 @@ CAPTIONS = {
     "confusion": "Which class (row) is taken for which (column).",
     "classified": "Pictures with the class that the model gives them.",
 }
+CURVES = {"mfu": "Share of the machine's speed (MFU)", "data_wait": "Share of the time that waits for data"}
 SYSTEMS = {"siglip": "SigLIP", "siglip2": "SigLIP 2", "clip": "CLIP", "lit": "LiT"}
 LANGUAGES = {
     "ar": "Arabic", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English", "es": "Spanish", "fa": "Persian", "fi": "Finnish",
@@ -188,7 +189,7 @@ def _training(config: Mapping[str, Any], train: Sequence[Mapping[str, Any]]) -> 
     first = curve("Loss", "loss", True) + curve("Learning rate", "learning_rate")
     known = ("step", "kind", "loss", "learning_rate", "seconds_per_step", "examples_per_second", "gflops", "bad_records")
     others = sorted({key for row in train for key, value in row.items() if key not in known and is_number(value)})
-    more = curve("Examples per second", "examples_per_second") + "".join(curve(words(key).capitalize(), key) for key in others[:24])
+    more = curve("Examples per second", "examples_per_second") + "".join(curve(CURVES.get(key, words(key).capitalize()), key) for key in others[:24])
     if not first and not more:
         return ""
     return (f'<h2>Training</h2><div class="charts">{first}</div>'
@@ -277,7 +278,8 @@ def _pictures(folder: Path) -> str:
             continue
         kind = ' class="wide"' if width >= 800 else ""
         figures.append(f'<figure{kind} style="width:{min(width, 1000)}px"><div class="scroll">'
-                       f'<img width="{width}" height="{height}" alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></div><figcaption>{escape(caption)}</figcaption></figure>')
+                       f'<img width="{width}" height="{height}" alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+                       f"</div><figcaption>{escape(caption)}</figcaption></figure>")
     return f'<div class="pictures">{"".join(figures)}</div>' if figures else ""
 
 

@@ -66,6 +66,7 @@ details { border: 1px solid var(--line); border-radius: 12px; background: var(--
 summary { cursor: pointer; padding: 13px 18px; font-weight: 600; font-size: 15px; }
 summary span { font-weight: 400; color: var(--soft); margin-left: 8px; }
 details > div { padding: 4px 18px 18px; overflow-x: auto; }
+details td.text { max-width: 560px; }
 details .charts { padding-top: 4px; } details .chart { border: 0; padding: 0; }
 pre { margin: 0; font: 12.5px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; overflow-x: auto; }
 .pictures + details, .charts + details, .scroll + details, .side + details { margin-top: 24px; }
