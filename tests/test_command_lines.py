@@ -32,7 +32,8 @@ def run(tmp_path_factory):
 def test_training_prints_what_it_does_and_leaves_a_whole_workdir(run):
     workdir, output = run
     assert "step 2/2" in output and "heldout_pairs at step 2" in output
-    for name in ("config.json", "processor.json", "environment.json", "parameters.txt", "metrics.jsonl", "report.html", "checkpoints", "tensorboard", "evaluations"):
+    for name in ("config.json", "processor.json", "environment.json", "parameters.txt", "metrics.jsonl", "report.html", "checkpoints", "tensorboard",
+                 "evaluations"):
         assert (workdir / name).exists(), name
     assert json.loads((workdir / "config.json").read_text())["seed"] == 3
 
