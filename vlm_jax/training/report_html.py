@@ -8,7 +8,7 @@ from typing import Any
 
 # Folders of a machine say nothing to a reader elsewhere and may hold names of people: only the last part stays. gs://... is not one of them.
 _LOCAL_PATH = re.compile(r"(?<![\w.:/*\])}])(?:/|[A-Za-z]:\\)(?:[^\s/\\\"'<>|]+[/\\])+([^\s/\\\"'<>|]*)")
-_SHARES = re.compile(r"(^|/)(r@\d+|top\d+|mean_per_class|accuracy|mfu|data_wait)$")
+_SHARES = re.compile(r"(^|/)(r@\d+|top\d+|mean_per_class|accuracy|mfu|data_wait)(/|$)")
 
 Points = Sequence[tuple[float, float]]
 
