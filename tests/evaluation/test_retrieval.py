@@ -1,4 +1,6 @@
 """Recall against brute force; ties, groups, several captions, languages; predictions that can be scored again."""
+import json
+
 from hypothesis import given, strategies as st
 import numpy as np
 import pytest
@@ -33,6 +35,10 @@ def run(monkeypatch, tmp_path):
         monkeypatch.setattr("vlm_jax.evaluation.records.build_source", lambda settings: Records(records))
         return evaluation.evaluate("search", {"evaluator": "retrieval", "source": {"name": "given"}, **settings}, StandIn(images, texts), tmp_path)
     return evaluate
+
+
+def records_of(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def unit(rng, *shape):
@@ -96,6 +102,29 @@ def test_languages_have_a_metric_each_and_the_plain_one_is_their_mean(run):
     metrics = run(records, np.eye(4), texts, languages=["en", "de"])
     assert metrics["text_to_image/r@1/en"] == 1 and metrics["text_to_image/r@1/de"] == 0
     assert metrics["text_to_image/r@1"] == 0.5
+
+
+def test_a_language_may_hold_a_string_or_a_list(run, tmp_path):
+    """As the records of emoji do: one string a language. Read as a list it would be as many queries as it has letters."""
+    records = [{"texts_by_language": {"en": f"one text {i}", "de": [f"Satz {i}", f"Text {i}"]}} for i in range(4)]
+    texts = {**{f"one text {i}": np.eye(4)[i] for i in range(4)}, **{f"{word} {i}": np.eye(4)[i] for word in ("Satz", "Text") for i in range(4)}}
+    metrics = run(records, np.eye(4), texts, languages=["en", "de"])
+    assert metrics["text_to_image/r@1/en"] == metrics["text_to_image/r@1/de"] == 1
+    lines = records_of(tmp_path)
+    asked = [line["query"]["text"] for line in lines if line["direction"] == "text_to_image" and line["language"] == "en"]
+    assert asked == [f"one text {i}" for i in range(4)]
+    again = retrieval.score_predictions(tmp_path / "predictions.jsonl")
+    assert again["text_to_image/r@1"] == metrics["text_to_image/r@1"] and all(metrics[name] == pytest.approx(value) for name, value in again.items())
+
+
+def test_a_picture_without_a_text_in_a_language_is_an_answer_but_no_query(run, tmp_path):
+    records = [{"texts_by_language": {"en": "a", "de": "x"}}, {"texts_by_language": {"en": "b"}}, {"texts_by_language": {"en": "c", "de": "z"}}]
+    texts = {"a": [1, 0, 0], "b": [0, 1, 0], "c": [0, 0, 1], "x": [0, 1, 0], "z": [0, 0, 1]}     # "x" lies on the picture without a German text
+    metrics = run(records, np.eye(3), texts, languages=["en", "de"])
+    assert metrics["text_to_image/r@1/de"] == 0.5 and metrics["image_to_text/r@1/en"] == 1
+    queries = [line["query"]["index"] for line in records_of(tmp_path) if line["direction"] == "image_to_text" and line["language"] == "de"]
+    assert queries == [0, 2]
+    assert metrics["image_to_text/r@1/de"] == 0.5    # picture 0 ties between "x" and "z", and a tie counts against
 
 
 def test_predictions_score_again(run, tmp_path):

@@ -2,7 +2,7 @@
 
 A text is right for a picture if the picture, or another of its `group`, carries it; equal texts are one query. The rank of a query is that of its best right
 answer, and ties count against the model:  rank = 1 + the number of wrong answers whose score is at least that of the best right one.
-recall@k is the share of queries with rank <= k.
+recall@k is the share of queries with rank <= k. A picture without a text in the language asked for is no query, but stays an answer to be confused with.
 """
 from collections.abc import Iterator, Mapping, Sequence
 import os
@@ -37,18 +37,19 @@ def retrieval(predictor: Any, folder: str | os.PathLike, source: Mapping[str, An
         texts, owners = captions(rows, groups, language, data.name)
         embedded = predictor.embed_texts(texts)
         suffix = "" if language is None else f"/{language}"
-        for direction, queries, answers, right in (("text_to_image", embedded, images, lambda start, stop, owners=owners: owners[start:stop][:, groups]),
-                                                   ("image_to_text", images, embedded, lambda start, stop, owners=owners: owners[:, groups[start:stop]].T)):
+        asked = np.flatnonzero(owners.any(axis=0)[groups])
+        for direction, queries, answers, right in (
+                ("text_to_image", embedded, images, lambda start, stop, owners=owners: owners[start:stop][:, groups]),
+                ("image_to_text", images[asked], embedded, lambda start, stop, owners=owners, asked=asked: owners[:, groups[asked[start:stop]]].T)):
             ranks, best = rank(queries, answers, right)
             metrics.update(recalls(ranks, direction, suffix))
-            found = [_prediction(direction, language, number, ranks[number], best[number], rows, texts) for number in range(len(ranks))]
+            numbers = asked if direction == "image_to_text" else range(len(texts))
+            found = [_prediction(direction, language, number, place, answered, rows, texts) for number, place, answered in zip(numbers, ranks, best)]
             predictions += found
             if shown is None or (len(shown) < 2 and language == (languages or [None])[0]):
                 shown = {**(shown or {}), direction: (ranks, found)}
     if languages:
-        for name in [key for key in metrics if key.endswith(f"/{languages[0]}")]:
-            base = name.removesuffix(f"/{languages[0]}")
-            metrics[base] = float(np.mean([metrics[f"{base}/{language}"] for language in languages]))
+        metrics.update(_means(metrics, languages))
     metrics = records.write(folder, metrics, predictions)
     thumbnails = {row["index"]: records.thumbnail(row["image"]) for row in rows}
     pictures.text_to_image(os.path.join(folder, "text_to_image.png"), shown["text_to_image"][1], thumbnails)
@@ -69,6 +70,7 @@ def captions(rows: Sequence[Mapping[str, Any]], groups: Int[np.ndarray, "N"], la
         if language is not None and "texts_by_language" not in row:
             raise ConfigError(f"languages: the records of {name} have no texts_by_language; remove the setting.")
         texts = row.get("texts", ()) if language is None else row["texts_by_language"].get(language, ())
+        texts = [texts] if isinstance(texts, str) else texts     # a string is one caption, not its letters
         for text in texts:
             places.setdefault(text, set()).add(int(group))
     if not places:
@@ -110,8 +112,15 @@ def score_predictions(path: str | os.PathLike) -> dict[str, float]:
         hits = [place for place, answer in enumerate(line["answers"], 1) if answer["right"]]
         suffix = "" if line["language"] is None else f"/{line['language']}"
         queries.setdefault((line["direction"], suffix), []).append(hits[0] if hits else KEPT + 1)
-    return {name: value for (direction, suffix), ranks in queries.items()
-            for name, value in recalls(np.array(ranks), direction, suffix).items() if "/r@" in name}
+    metrics = {name: value for (direction, suffix), ranks in queries.items()
+               for name, value in recalls(np.array(ranks), direction, suffix).items() if "/r@" in name}
+    return {**metrics, **_means(metrics, list(dict.fromkeys(suffix[1:] for _, suffix in queries if suffix)))}
+
+
+def _means(metrics: Mapping[str, float], languages: Sequence[str]) -> dict[str, float]:
+    """The plain metrics of an evaluation by language: the means over them."""
+    bases = [name.removesuffix(f"/{languages[0]}") for name in metrics if name.endswith(f"/{languages[0]}")] if languages else []
+    return {base: float(np.mean([metrics[f"{base}/{language}"] for language in languages])) for base in bases}
 
 
 def _blocks(queries: int, answers: int) -> Iterator[tuple[int, int]]:

@@ -57,7 +57,7 @@ def zero_shot(predictor: Any, folder: str | os.PathLike, source: Mapping[str, An
 
 def class_embeddings(predictor: Any, names: Sequence[str], templates: Sequence[str]) -> Float[np.ndarray, "C D"]:
     """Returns one embedding a class, of length 1."""
-    prompts = [template.format(name) for name in names for template in templates]
+    prompts = [template.replace("{}", name) for name in names for template in templates]
     embedded = predictor.embed_texts(prompts).reshape(len(names), len(templates), -1)
     mean = embedded.mean(axis=1)
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)
