@@ -81,7 +81,8 @@ scores = predictor.embed_texts(texts) @ picture_embeddings.T
 best = np.argsort(-scores, axis=1)[:, :5]
 
 # %%
-figure, axes = plt.subplots(len(texts), best.shape[1], figsize=(2.2 * best.shape[1], 2.6 * len(texts)), squeeze=False, layout="constrained")
+figure, axes = plt.subplots(len(texts), best.shape[1], figsize=(2 * best.shape[1], 2.9 * len(texts)), squeeze=False, layout="constrained")
+figure.get_layout_engine().set(h_pad=0.14)
 for row, text, found, score in zip(axes, texts, best, scores):
     for cell, index in zip(row, found):
         cell.imshow(pictures[index])

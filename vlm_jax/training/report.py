@@ -367,9 +367,10 @@ def _last_part(argument: Any) -> str:
 
 def _remark(metrics: Mapping[str, Any], key: str) -> str:
     last, pictures, classes = key.split("/")[-1], metrics.get("pictures"), metrics.get("classes")
-    pool = classes if last == "top1" else pictures if last == "r@1" and key.startswith("text_to_image") else None
-    chance = f"chance {number(1 / pool, last)}" if is_number(pool) and pool > 0 else f"of {number(pictures)} pictures" if is_number(pictures) else ""
-    return ", ".join(part for part in (metric_words(last), chance) if part)
+    beside = f"of {number(pictures)} pictures" if is_number(pictures) else ""
+    if last == "top1" and is_number(classes) and classes > 0:    # for retrieval it is not 1 / pictures: several may be right
+        beside = f"chance {number(1 / classes, last)}"
+    return ", ".join(part for part in (metric_words(last), beside) if part)
 
 
 def _small_unit(text: str) -> str:
