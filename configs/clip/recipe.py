@@ -28,7 +28,7 @@ def pairs(name: str, preset: str, size: int, peak: float, arg) -> ml.ConfigDict:
         tokenizer = {"clip": arg.tokenizer}
         config.model = dict(name="clip", preset=preset)
         length = 77
-    text = [["lowercase", {}], ["tokenize", {"tokenizer": tokenizer, "length": length, "bos": True, "eos": "sticky"}]]
+    text = [["lowercase", {}], ["tokenize", {"tokenizer": tokenizer, "length": length, "bos": not test, "eos": "sticky"}]]   # ours have no bos
     crop = [["decode", {}], ["resize_shortest", {"size": size, "method": "bicubic"}], ["random_crop", {"size": size}], *CLIP_VALUES]
     config.processor = dict(image=clip_pictures(size), text=text)
     config.task = dict(name="contrastive", loss="softmax")

@@ -22,7 +22,7 @@ def get_config(arg=None):
     config.name = "siglip_emoji_multilingual"
     config.seed = 0
     config.model = dict(name="siglip", preset="test" if test else "emoji", text=dict(length=28, vocab_size=8192))
-    config.processor = dict(image=pictures(24 if test else 48, -2.0, 0.0), text=trained_text(train, vocab_size=2000 if test else 8192, length=28))
+    config.processor = dict(image=pictures(24 if test else 48, -2.0, 0.0), text=trained_text(train, vocab_size=3000 if test else 8192, length=28))
     config.task = dict(name="contrastive", loss="sigmoid")
     config.stages = [dict(
         steps=2 if test else arg.steps,

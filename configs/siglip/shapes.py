@@ -12,8 +12,8 @@ from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,steps=500"."""
-    arg = parse_arg(arg, variant="full", steps=500)
+    """Returns the config; `arg` is "variant=full|test,steps=1200"."""
+    arg = parse_arg(arg, variant="full", steps=1200)
     test = arg.variant == "test"
     size = 24 if test else 48
     train = dict(name="shapes", split="train", size=size)
@@ -32,13 +32,13 @@ def get_config(arg=None):
         schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else 50),
         clip=1.0,
     )]
-    every = 2 if test else 250
+    every = 2 if test else 400
     held_out = dict(name="shapes", split="heldout_pairs", size=size, limit=24 if test else 1000)
     config.evaluations = dict(
         heldout_pairs=zero_shot(held_out, every, templates=["a {}"]),
         seen_pairs=zero_shot(dict(held_out, split="validation"), every, templates=["a {}"]),
         search=retrieval(dict(held_out, limit=24 if test else 200), 10 * every),
     )
-    config.checkpoint = dict(every=2 if test else 250, keep=2)
+    config.checkpoint = dict(every=2 if test else 400, keep=2)
     config.log_every = 1 if test else 10
     return config

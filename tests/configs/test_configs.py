@@ -3,6 +3,7 @@ import ast
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -49,7 +50,7 @@ def test_misspelt_argument_is_an_error(file):
 def test_test_variant_trains_and_evaluates(file, tmp_path):
     if "emoji" in file and (missing := emoji_ready()):
         pytest.skip(f"the emoji data cannot be drawn here: {missing}")
-    summary = train(load_config(f"{file}:variant=test"), tmp_path / "run")
+    summary = train(load_config(f"{file}:variant=test"), tmp_path / "run", devices=jax.devices()[:2])
     rows = [json.loads(line) for line in Path(tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     assert len(losses) == summary["step"] and np.isfinite(losses).all()

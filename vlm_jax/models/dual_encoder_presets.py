@@ -20,7 +20,7 @@ def _quickstart(**options: Any) -> dict[str, Settings]:
     """What every family has for its tests and studies. The tables are larger than the tokenisers trained for them, so that those may vary."""
     return {
         "test": {**_small(24, 8, 64, 2, 2, 2, vocab_size=2048, **options), "scan": True},
-        "shapes": _small(48, 12, 128, 4, 4, 2, vocab_size=512, **options),
+        "shapes": _small(48, 8, 128, 4, 4, 2, vocab_size=512, **options),
         "emoji": _small(48, 12, 192, 6, 3, 2, vocab_size=2048, **options),
     }
 

@@ -79,6 +79,8 @@ def run_stage(parts: setup.Parts, config: Mapping[str, Any], workdir: str, step:
     batches = parts.batches(step - parts.first)
     progress = Progress(first=step, last=final, batch_size=batch_size)
     trace = Profile(profile, workdir)
+    # Simulated devices share a few threads: collectives of two programs at once can wait for each other until XLA gives up and aborts.
+    simulated = jax.default_backend() == "cpu" and parts.mesh.size > 1
     pending, evaluations, loss = None, {}, float("nan")
     step_flops = None
     while step < parts.last:
@@ -91,6 +93,8 @@ def run_stage(parts: setup.Parts, config: Mapping[str, Any], workdir: str, step:
         trace.before(step)
         state, metrics = parts.step(state, batch, np.int32(step))
         step += 1
+        if simulated:
+            jax.block_until_ready(state)
         # The device works on this step while the host looks at the one before.
         check_finite(pending, workdir)
         pending = (step, metrics, host_batch)

@@ -91,11 +91,11 @@ def build(config: Mapping[str, Any], index: int, stages: list[Stage], devices=No
     stage = stages[index]
     where = f"stages[{index}]"
     sections = stage.sections
-    mesh = call(make_mesh, sections["mesh"], "mesh", devices=devices)
     model = registry.build(**sections["model"], dtypes=sections["dtypes"])
     processor = call(Processor, sections["processor"], "processor")
-    task = build_task(sections["task"], model, mesh=mesh)
     check_fit(model, processor, "processor")
+    mesh = call(make_mesh, sections["mesh"], "mesh", devices=devices)
+    task = build_task(sections["task"], model, mesh=mesh)
 
     loaders = {}
     for number, (name, settings) in enumerate(sorted(stage.data.items())):
