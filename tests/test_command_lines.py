@@ -61,6 +61,14 @@ def test_evaluate_gives_the_figures_of_training(run, capsys):
         evaluate.run(["--workdir", str(workdir), "--checkpoint", "1"])
 
 
+def test_a_run_whose_preset_changed_says_so(run, monkeypatch):
+    from vlm_jax.models import dual_encoder_presets
+    changed = dict(dual_encoder_presets.SIGLIP["test"], image=dict(dual_encoder_presets.SIGLIP["test"]["image"], patch_size=12))
+    monkeypatch.setitem(dual_encoder_presets.SIGLIP, "test", changed)
+    with pytest.raises(CheckpointError, match=r"parameters are not those of its model.*preset has changed"):
+        vlm_jax.load(run[0])
+
+
 def test_a_planted_config_file_in_the_workdir_is_not_run(run):
     planted = run[0] / "config.py"
     planted.write_text("raise SystemExit('the planted file ran')\n")

@@ -49,4 +49,21 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
     sections = stage_sections(config, -1)
     params, step = restore_parameters(workdir, step)
     model = registry.build(**sections["model"], dtypes=sections["dtypes"])
+    check_parameters(model, params, workdir)
     return Loaded(model, params, Processor.load(os.path.join(workdir, "processor.json")), config, step)
+
+
+def check_parameters(model: Any, params: Any, workdir: str) -> None:
+    """Raises a CheckpointError where the parameters are not those of the model, as when a preset changed after the run was trained."""
+    import jax
+    import jax.numpy as jnp
+
+    from vlm_jax.training.trees import flatten
+    inputs = [jnp.zeros((1, *shape), jnp.int32 if name == "tokens" else jnp.float32) for name, shape in model.input_shapes().items()]
+    wanted = {path: tuple(leaf.shape) for path, leaf in flatten(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]).items()}
+    found = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+    differing = sorted(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path))
+    if differing:
+        path = differing[0]
+        raise CheckpointError(f"{workdir}: {len(differing)} parameters are not those of its model, first {path}: {found.get(path, 'missing')} in the "
+                              f"checkpoint, {wanted.get(path, 'missing')} in the model; its preset has changed since: use the version of vlm_jax that trained it.")

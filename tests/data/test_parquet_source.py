@@ -42,7 +42,7 @@ def test_bad_rows_have_a_reason(tmp_path):
     captions = [["a"], ["a"], None, [], [""], ["a", None]]
     path = write(tmp_path / "t.parquet", {"image": [None, b"", b"x", b"x", b"x", b"x"], "captions": captions}, group=10)
     source = build(path)
-    for index, reason in enumerate(["image_missing", "image_missing", "caption_missing", "caption_missing", "caption_empty", "caption_not_string"]):
+    for index, reason in enumerate(["image_missing", "image_missing", "caption_missing", "caption_missing", "caption_empty", "caption_not_text"]):
         with pytest.raises(DataError, match=f"^t.parquet:row {index}: ") as caught:
             source[index]
         assert caught.value.reason == reason

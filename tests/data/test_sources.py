@@ -48,9 +48,9 @@ def test_arrays_that_do_not_fit_are_refused_at_once(arguments, message):
 
 @pytest.mark.parametrize("value, reason", [
     (None, "caption_missing"), ([], "caption_missing"), ("", "caption_empty"),
-    (["ok", " \n"], "caption_empty"), (7, "caption_not_string"),
-    (["ok", None], "caption_not_string"), ({"text": "x"}, "caption_not_string"),
-    (b"bytes", "caption_not_string"), (float("nan"), "caption_not_string")])
+    (["ok", " \n"], "caption_empty"), (7, "caption_not_text"),
+    (["ok", None], "caption_not_text"), ({"text": "x"}, "caption_not_text"),
+    (b"bytes", "caption_not_text"), (float("nan"), "caption_not_text")])
 def test_captions_that_cannot_be_used_have_a_reason(value, reason):
     with pytest.raises(DataError, match="^item 3: ") as caught:
         check_texts(value, "item 3")

@@ -62,7 +62,7 @@ def test_columns_labels_and_extras_are_settings(folder):
 
 
 @pytest.mark.parametrize("row, reason", [
-    ({"image": "a.jpg", "caption": 7}, "caption_not_string"), ({"image": "a.jpg", "caption": ""}, "caption_empty"),
+    ({"image": "a.jpg", "caption": 7}, "caption_not_text"), ({"image": "a.jpg", "caption": ""}, "caption_empty"),
     ({"image": "a.jpg", "captions": []}, "caption_missing"), ({"image": "a.jpg"}, "column_missing"), ({"caption": "x"}, "column_missing"),
     ({"image": "none.jpg", "caption": "x"}, "image_missing"), ({"image": "", "caption": "x"}, "image_missing"),
     ({"image": 3, "caption": "x"}, "image_missing"),

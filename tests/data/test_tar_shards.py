@@ -131,7 +131,7 @@ def test_a_damaged_header_keeps_what_comes_before(tmp_path):
 @pytest.mark.parametrize("sample, reason", [
     ({"txt": "no image"}, "image_missing"), ({"jpg": b"x"}, "caption_missing"), ({"jpg": b"x", "txt": " "}, "caption_empty"),
     ({"jpg": b"x", "txt": b"\xff"}, "caption_not_utf8"), ({"jpg": b"x", "json": "{"}, "row_not_json"), ({"jpg": b"x", "json": "[1]"}, "row_not_json"),
-    ({"jpg": b"x", "json": "[" * 90_000}, "row_not_json"), ({"jpg": b"x", "json": {"caption": 3}}, "caption_not_string"),
+    ({"jpg": b"x", "json": "[" * 90_000}, "row_not_json"), ({"jpg": b"x", "json": {"caption": 3}}, "caption_not_text"),
     ({"jpg": b"x", "json": {"other": "x"}}, "caption_missing"), ({"jpg": b"x", "cls": "77"}, "label_unknown"),
     ({"jpg": b"x", "txt": "y" * 2**21}, "file_too_large"), ({"jpg": b"x" * 2**13, "txt": "y"}, "file_too_large")])
 def test_each_bad_sample_is_named(tmp_path, sample, reason):

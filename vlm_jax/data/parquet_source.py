@@ -29,7 +29,7 @@ class ParquetSource:
       cached_groups: how many row groups stay in memory.
     Raises:
       DataError: at once for files that are missing, damaged, empty or without the needed columns; on access, with a `reason`, for a bad record:
-        image_missing, file_too_large, file_unreadable, caption_missing, caption_not_string, caption_empty, label_unknown.
+        image_missing, file_too_large, file_unreadable, caption_missing, caption_not_text, caption_empty, label_unknown.
     """
 
     def __init__(self, path: str | os.PathLike | Sequence[str], *, image: str = "image", texts: str | None = None, label: str | None = None,

@@ -87,14 +87,14 @@ def check_texts(value: Any, item: str | Callable[[], str]) -> list[str]:
     Args:
       item: what an error message calls the record, or a function that finds it out, where that takes reading.
     Raises:
-      DataError: with reason caption_missing, caption_not_string or caption_empty, naming the item.
+      DataError: with reason caption_missing, caption_not_text or caption_empty, naming the item.
     """
     texts = [value] if isinstance(value, (str, bytes)) else value
     if texts is None or (isinstance(texts, (list, tuple)) and not texts):
         raise problem("caption_missing", f"{_named(item)}: it has no caption; add one or remove the record.")
     for text in texts if isinstance(texts, (list, tuple)) else [value]:
         if not isinstance(text, str):
-            raise problem("caption_not_string", f"{_named(item)}: the caption is {_short(text)}, not a string; write it as text.")
+            raise problem("caption_not_text", f"{_named(item)}: the caption is {_short(text)}, not a string; write it as text.")
         if not text.strip():
             raise problem("caption_empty", f"{_named(item)}: a caption is empty; fill it in or remove the record.")
     return list(texts)

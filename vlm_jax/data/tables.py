@@ -37,7 +37,7 @@ class TableSource:
       extras: further columns to keep in the records as they are.
     Raises:
       DataError: at once for a table that is missing, empty or without the needed columns; on access, with a `reason`, for a bad record: row_not_utf8,
-        row_not_json, column_missing, image_missing, path_outside, caption_not_string, caption_empty, label_unknown and those of `files.read_span`.
+        row_not_json, column_missing, image_missing, path_outside, caption_not_text, caption_empty, label_unknown and those of `files.read_span`.
     """
 
     def __init__(self, path: str | os.PathLike, images: str | os.PathLike | None = None, *, image: str = "image", texts: str | None = None,

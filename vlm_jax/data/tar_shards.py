@@ -43,7 +43,7 @@ class TarSource:
       problems: one line for every shard that is cut or damaged; they are logged as warnings too. The whole samples before the cut are kept.
     Raises:
       DataError: at once for a missing or compressed shard, or shards without a single sample; on access, with a `reason`, for a bad sample:
-        image_missing, caption_missing, caption_not_string, caption_empty, caption_not_utf8, row_not_json, label_unknown, file_too_large, file_cut.
+        image_missing, caption_missing, caption_not_text, caption_empty, caption_not_utf8, row_not_json, label_unknown, file_too_large, file_cut.
     """
 
     def __init__(self, path: str | os.PathLike | Sequence[str], *, texts: str | None = None, class_names: Sequence[str] | None = None,

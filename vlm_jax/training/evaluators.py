@@ -33,6 +33,6 @@ def evaluate_all(evaluations: Mapping[str, Mapping[str, Any]], predictor, workdi
 
 
 def print_metrics(name: str, step: int, metrics: Mapping[str, float]) -> None:
-    """Prints one evaluation in a line; of metrics by language or class only the first dozen."""
-    shown = [f"{key} {value:.3f}" for key, value in metrics.items() if key != "seconds"][:12]
+    """Prints one evaluation in a line; of metrics by language or class only the first dozen. Counts are whole, shares have three digits."""
+    shown = [f"{key} {value:.3f}" if value % 1 else f"{key} {value:g}" for key, value in metrics.items() if key != "seconds"][:12]
     print(f"  {name} at step {step} ({metrics['seconds']:.1f} s): " + "  ".join(shown), flush=True)
