@@ -66,4 +66,4 @@ def check_parameters(model: Any, params: Any, workdir: str) -> None:
     if differing:
         path = differing[0]
         raise CheckpointError(f"{workdir}: {len(differing)} parameters are not those of its model, first {path}: {found.get(path, 'missing')} in the "
-                              f"checkpoint, {wanted.get(path, 'missing')} in the model; its preset has changed since: use the version of vlm_jax that trained it.")
+                              f"checkpoint, {wanted.get(path, 'missing')} in the model; its preset has changed: use the vlm_jax that trained it.")
