@@ -20,6 +20,7 @@ import numpy as np
 from vlm_jax.errors import CheckpointError, VlmError
 from vlm_jax.settings import plain
 from vlm_jax.training.digests import checksum, digests
+from vlm_jax.training.trees import flatten, unflatten
 
 SCHEMA_VERSION = 1
 _SHOWN = 8      # lines of a difference that fit on a screen
@@ -92,7 +93,7 @@ class Checkpoints:
         except TypeError as error:
             raise CheckpointError(f"checkpoint {step}: the metadata must be JSON ({error}); pass plain numbers, strings, lists and dicts.") from error
         import orbax.checkpoint as ocp
-        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(_nested({path: leaf for path, leaf in leaves.items() if leaf.size})),
+        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(unflatten({path: leaf for path, leaf in leaves.items() if leaf.size})),
                                        meta=ocp.args.JsonSave(meta))
         try:
             manager = self._writer()
@@ -236,40 +237,11 @@ def restore_parameters(workdir: Any, step: int | None = None, which: str | None 
             if part not in parts:
                 raise CheckpointError(f'{path}: the checkpoint has no "{part}"; it has {", ".join(parts) or "nothing"}.')
             leaves = {name: leaf for name, leaf in meta["leaves"].items() if name.split("/")[0] == part}
-            return _nested(_read_arrays(path, dict.fromkeys(leaves), leaves))[part], candidate
+            return unflatten(_read_arrays(path, dict.fromkeys(leaves), leaves))[part], candidate
         except _Damaged as damage:
             damages.append(f"{candidate}: {damage}")
             _log.warning("WARNING: checkpoint %s is damaged (%s).", path, damage)
     raise _nothing_sound(folder, damages)
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by path (`optimizer/0/mu/kernel`), in the tree's order; None and empty containers have none."""
-    leaves = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = "/".join(_key_name(key) for key in keys)
-        if name in leaves:
-            raise ValueError(f'two leaves of the tree have the path "{name}": rename one of the keys.')
-        leaves[name] = leaf
-    return leaves
-
-
-def _key_name(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 def _describe(step: int, leaves: Mapping[str, jax.Array], metadata: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -302,8 +274,8 @@ def _read_arrays(path: Any, wanted: Mapping[str, Any], stored: Mapping[str, Any]
     """Reads and verifies the arrays named by `wanted`: onto the devices that a leaf says, or as numpy where it is None."""
     import orbax.checkpoint as ocp
     full = {name: stored[name] for name in wanted if all(stored[name]["shape"])}
-    item = _nested({name: 0 if wanted[name] is None else _abstract(wanted[name]) for name in full})
-    arguments = _nested({name: _restore_argument(wanted[name], stored[name]) for name in full})
+    item = unflatten({name: 0 if wanted[name] is None else _abstract(wanted[name]) for name in full})
+    arguments = unflatten({name: _restore_argument(wanted[name], stored[name]) for name in full})
     arrays, damage = {}, None
     if full:
         try:

@@ -8,9 +8,18 @@ STACK = "blocks"   # what lies below a module of this name is stored stacked, wi
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Returns {path: leaf} of a nested tree, the path's parts joined by `/`, in the order in which JAX visits the leaves."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"/".join(_name(key) for key in keys): leaf for keys, leaf in leaves}
+    """Returns {path: leaf} of a nested tree, the path's parts joined by `/`, in the order in which JAX visits the leaves.
+
+    Raises:
+      ValueError: if two leaves have one path.
+    """
+    table: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        path = "/".join(_name(key) for key in keys)
+        if path in table:
+            raise ValueError(f'two leaves of the tree have the path "{path}": rename one of the keys.')
+        table[path] = leaf
+    return table
 
 
 def unflatten(table: Mapping[str, Any]) -> dict:
