@@ -31,6 +31,21 @@ class DivergedError(VlmError, FloatingPointError):
     exit_code = 70
 
 
+class PeerError(VlmError, RuntimeError):
+    """Another process of the same run that died, hangs or never came; exit code 76: start all of them again."""
+    exit_code = 76
+
+
+class HangError(VlmError, RuntimeError):
+    """A step, a save or a batch that did not end in time; exit code 77."""
+    exit_code = 77
+
+
+class Preempted(VlmError):
+    """The run was asked to stop (SIGTERM), has saved, and goes on by the same command; exit code 75."""
+    exit_code = 75
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ` Did you mean "x"?` for the known name closest to `name`, else the list of what is known."""
     known = sorted(str(k) for k in known)
