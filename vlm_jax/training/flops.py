@@ -13,16 +13,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax.sharding.topologies import chip_of
 from vlm_jax.training.trees import flatten
-
-# Dense bfloat16 peak of one JAX device in FLOP/s, by the start of `device.device_kind`, longest first.
-# TPU: cloud.google.com/tpu/docs/system-architecture (v2, v3: a device is one of a chip's two cores). GPU: NVIDIA's data sheets, without sparsity.
-PEAK_FLOPS: dict[str, float] = {
-    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4 lite": 138e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12,
-    "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
-    "Tesla V100": 125e12, "Tesla T4": 65e12, "NVIDIA A10G": 70e12, "NVIDIA A100": 312e12, "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12,
-    "NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA GH200": 989e12, "NVIDIA B200": 2250e12,
-}
 
 
 def count_flops(function: Callable, *args: Any) -> float:
@@ -71,14 +63,12 @@ def model_flop_utilisation(flops: float, seconds: float, peak: float, devices: i
 
 
 def peak_flops(device: Any = None) -> float | None:
-    """Returns the bfloat16 matrix-product peak of a device in FLOP/s from `PEAK_FLOPS`; on CPU it is measured; None if the kind is unknown."""
+    """Returns the bfloat16 matrix-product peak of a device in FLOP/s from the table of chips; on CPU it is measured; None if the kind is unknown."""
     device = device or jax.devices()[0]
     if device.platform == "cpu":
         return measure_matmul_peak()
-    for kind in sorted(PEAK_FLOPS, key=len, reverse=True):
-        if device.device_kind.startswith(kind):
-            return PEAK_FLOPS[kind]
-    return None
+    chip = chip_of(device)
+    return chip.peak() if chip is not None else None
 
 
 def measure_matmul_peak(dtype: Any = jnp.float32, size: int = 1024, seconds: float = 0.3, device: Any = None) -> float:
