@@ -5,6 +5,8 @@ tower, whose steps are cheap, learns all languages against it.
 
 Launch:   python -m vlm_jax.train --config configs/siglip/emoji_multilingual.py --workdir runs/emoji_multilingual
 Try here: python -m vlm_jax.train --config configs/siglip/emoji_multilingual.py:variant=test --workdir runs/emoji_multilingual_test
+Measured: held-out combinations, text to image R@1 / R@5: English 66.0 / 96.7 %, German 59.8 / 95.9 %, Japanese 60.6 / 93.8 %, the weakest of eleven (Chinese)
+          56.8 / 92.9 %; one seed, 579 pictures, two AMD EPYC cores, 2026-11-21, 14 minutes.
 """
 import ml_collections as ml
 
