@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlm_jax.losses.ring import MASKED, Layout, layout_of, pair_weight, ring_matches, ring_sigmoid, ring_softmax
+from vlm_jax.losses.ring import MASKED, Layout, layout_of, mesh_or_context, pair_weight, ring_matches, ring_sigmoid, ring_softmax
 
 AXES = ("data", "fsdp")
 
@@ -96,11 +96,7 @@ def _prepare(name: str, image: Array, text: Array, weight: Array | None, mesh: A
     else:
         weight = jax.lax.stop_gradient(weight.astype(jnp.float32))
         image, text = (jnp.where(weight[:, None] > 0, x, 0.0) for x in (image, text))
-    if mesh is None:
-        context = jax.sharding.get_abstract_mesh()
-        automatic = all(kind is jax.sharding.AxisType.Auto for kind in context.axis_types)
-        mesh = context if not context.empty and automatic else None
-    layout = layout_of(len(image), mesh, tuple(axes))
+    layout = layout_of(len(image), mesh_or_context(mesh), tuple(axes))
     missing = layout.padded - len(image) if pad else 0
     if missing:
         image, text = (jnp.pad(x, ((0, missing), (0, 0))) for x in (image, text))

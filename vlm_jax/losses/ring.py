@@ -42,6 +42,15 @@ class Layout:
         return self.devices * self.tiles * self.rows
 
 
+def mesh_or_context(mesh: Any) -> Any:
+    """`mesh`, or the one entered by `jax.set_mesh`; None without, and inside `jax.shard_map`, where every array is already local."""
+    if mesh is not None:
+        return mesh
+    context = jax.sharding.get_abstract_mesh()
+    automatic = all(kind is jax.sharding.AxisType.Auto for kind in context.axis_types)
+    return context if not context.empty and automatic else None
+
+
 def layout_of(batch: int, mesh: Any, axes: tuple[str, ...], tile: int = TILE) -> Layout:
     """The layout of `batch` rows on the mesh (None, or one without those axes: a ring of one device)."""
     axes = () if mesh is None else tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
