@@ -62,4 +62,4 @@ def test_only_one_module_imports_orbax():
     importers = {path.relative_to(PACKAGE).as_posix() for path in FILES for node in ast.walk(ast.parse(path.read_text()))
                  if (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "orbax" for alias in node.names))
                  or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "orbax")}
-    assert importers == {"training/checkpoints.py"}
+    assert importers == {"training/checkpoint_writer.py"}

@@ -133,8 +133,9 @@ def test_truncated_and_missing_files_fall_back(folder, caplog, victim, damage):
         damage(path)
     tree, metadata = Checkpoints(folder).restore(make_tree())
     assert_same(tree, make_tree(metadata["step"]))
-    if (victim, damage) == ("state/_METADATA", os.remove):
-        return      # Orbax can do without this file; the digests say that nothing is lost
+    if victim == "state/_METADATA":
+        assert metadata["step"] == 3    # nothing reads this file of Orbax's; the digests say that nothing is lost
+        return
     assert metadata["step"] == 1
     assert "damaged" in caplog.text
 
@@ -155,7 +156,7 @@ def test_empty_and_half_deleted_steps_are_not_steps_and_are_cleared(folder):
     with checkpoints:
         checkpoints.save(5, make_tree(5), {"step": 5})
     assert Checkpoints(folder).steps() == [3, 5]
-    assert sorted(os.listdir(folder)) == ["3", "5", "notes.txt"]
+    assert sorted(os.listdir(folder)) == ["3", "5", "LAST_GOOD-5.json", "notes.txt"]
 
 
 def test_saving_after_a_fallback_replaces_the_damaged_step(folder):
@@ -192,12 +193,13 @@ def test_another_model_is_refused_with_a_difference(folder):
     with pytest.raises(CheckpointError) as error:
         Checkpoints(folder).restore(other)
     text = str(error.value)
-    assert "another model" in text and "\n" not in text
-    assert "params/image/kernel: float32[8, 6] in the checkpoint, float32[8, 7] here" in text
-    assert "params/scale: float32[] in the checkpoint, bfloat16[] here" in text
+    assert "another model" in text.splitlines()[0]
+    assert "\n  - params/image/kernel float32[8, 6]\n  + params/image/kernel float32[8, 7]" in text
+    assert "\n  - params/scale float32[]\n  + params/scale bfloat16[]" in text
+    assert len(text.splitlines()) <= 22
     assert error.value.exit_code == 73
     del other["optimizer"], other["ema"], other["params"]["image"]
-    with pytest.raises(CheckpointError, match="params/extra: missing in the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"\+ params/extra float32\[2\]"):
         Checkpoints(folder).restore(other)
 
 
@@ -229,10 +231,10 @@ def test_a_save_that_fails_in_the_background_surfaces(folder, monkeypatch):
 
     def fail(*_, **__):
         raise full
-    monkeypatch.setattr(checkpoints._manager, "check_for_errors", fail)
+    monkeypatch.setattr(checkpoints._writer, "raise_failed", fail)
     with pytest.raises(CheckpointError, match="No space left on device.*check free space"):
         checkpoints.save(6, make_tree(6))
-    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+    monkeypatch.setattr(checkpoints._writer, "wait", fail)
     with pytest.raises(CheckpointError, match="No space left"):
         checkpoints.close()
     assert Checkpoints(folder).latest() == 4

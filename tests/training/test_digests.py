@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.training import digests as digests_module
-from vlm_jax.training.digests import checksum, digest, digests, flat_index
+from vlm_jax.training.digests import checksum, digest, digests, flat_index, host_digest
 
 DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "int32", "uint8", "int16", "bool", "int4", "complex64"]
 
@@ -25,6 +25,7 @@ def test_a_changed_or_moved_element_shows(dtype):
     assert digest(x) != digest(x[::-1])
     assert digest(x) == digest(jnp.array(x, copy=True))
     assert len(digest(x)) == 16
+    assert host_digest(np.asarray(x)) == digest(x)
 
 
 def test_every_single_bit_of_a_float_counts():
@@ -85,3 +86,18 @@ def test_large_array_by_shape_only():
 def test_checksum_ignores_order_and_containers():
     assert checksum({"a": 1, "b": (1, 2)}) == checksum({"b": [1, 2], "a": 1})
     assert checksum({"a": 1}) != checksum({"a": 2})
+
+
+@pytest.mark.parametrize("size", [1, 65535, 65536, 65537, 200_003])
+def test_the_host_computes_the_same_in_pieces(size):
+    x = np.random.default_rng(size).normal(size=size).astype(np.float32)
+    assert host_digest(x) == digest(x)
+    assert host_digest(np.asfortranarray(x.reshape(1, -1).T)) == digest(x.reshape(-1, 1))
+    assert host_digest(x[::-1]) == digest(x[::-1].copy())
+
+
+def test_the_host_counts_positions_beyond_32_bits():
+    first = 5 * 2**32 + 3 * 2**20
+    low, high = first % 2**32, first // 2**32
+    position = np.uint32((low * int(digests_module._POSITION_LOW) + high * int(digests_module._POSITION_HIGH) + int(digests_module._SEED)) % 2**32)
+    assert digests_module._offset(first) == position
