@@ -104,6 +104,16 @@ def test_parts_concatenate_to_the_whole_batch():
     assert_same(whole, [{key: np.concatenate([part[key] for part in row]) for key in row[0]} for row in zip(*parts)])
 
 
+@pytest.mark.parametrize("size, parts", [(5, 3), (2, 3), (7, 2)])
+def test_parts_that_do_not_divide_are_padded_at_the_end(size, parts):
+    whole = take(Loader(Numbers(11), process, size, seed=1), 3)
+    rows = [take(Loader(Numbers(11), process, size, seed=1, part=(k, parts)), 3) for k in range(parts)]
+    joined = [{key: np.concatenate([part[key] for part in row]) for key in row[0]} for row in zip(*rows)]
+    assert all(len(batch["mask"]) == -(-size // parts) * parts for batch in joined)
+    assert all((batch["example_id"][size:] == -1).all() and not batch["weight"][size:].any() and not batch["image"][size:].any() for batch in joined)
+    assert_same(whole, [{key: value[:size] for key, value in batch.items()} for batch in joined])
+
+
 @pytest.mark.parametrize("length, size, parts", [(10, 4, 1), (3, 8, 1), (8, 4, 1), (9, 8, 4)])
 def test_one_pass_pads_the_last_batch_and_gives_every_example_exactly_once(length, size, parts):
     settings = dict(seed=0, shuffle=False, repeat=False, drop_remainder=False)
@@ -173,7 +183,7 @@ def test_a_record_of_another_shape_is_a_fault_of_the_processor():
 
 @pytest.mark.parametrize("settings, message", [
     (dict(batch_size=0), "batch_size"), (dict(batch_size=4, seed=-1), "seed"), (dict(batch_size=4, on_bad="ignore"), "on_bad"),
-    (dict(batch_size=4, part=(0, 3)), "multiple of the 3 parts"), (dict(batch_size=4, part=(2, 2)), "part"),
+    (dict(batch_size=4, part=(2, 2)), "part"),
     (dict(batch_size=4, threads=-1), "threads"),
     (dict(batch_size=4, bad_budget=2), "bad_budget"), (dict(batch_size=40, repeat=False), "make no batch"),
     (dict(batch_size=1, workers=1.5), "workers")])

@@ -26,6 +26,7 @@ def test_rows_that_do_not_divide_use_the_axes_that_do(mesh):
     assert logical_spec((6, 3), ("batch", "embed"), mesh) == P("data", None)
     assert logical_spec((5, 3), ("batch", "embed"), mesh) == P(P.UNCONSTRAINED, None)
     assert compiled_spec(mesh, (6, 4), "batch", "mlp") == P("data", "tensor")
+    assert logical_spec((8, 49, 5, 3), ("batch", "sequence", "heads", "head_dim"), make_mesh(sequence=2, tensor=2)) == P("data", None, None, None)
     assert float(jax.jit(lambda x: constrain(x, "batch", None))(jnp.ones((5, 3))).sum()) == 15
 
 

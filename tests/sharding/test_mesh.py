@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.errors import ConfigError, DataError
-from vlm_jax.sharding import batch_sharding, make_mesh, process_part, put_batch, replicated
+from vlm_jax.sharding import batch_sharding, make_mesh, padded_rows, process_part, put_batch, replicated
 from vlm_jax.sharding.mesh import AXES
 
 
@@ -53,9 +53,70 @@ def test_processes_along_the_tensor_axis_share_their_rows():
     assert [process_part(mesh, p) for p in range(4)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
 
 
-def test_rows_that_are_not_contiguous_are_refused():
-    with pytest.raises(ConfigError, match="contiguous block of rows"):
-        process_part(fake_mesh([0, 1, 0, 1], data=4), 0)
+def test_processes_of_a_torus_need_not_be_neighbours_in_the_mesh():
+    mesh = fake_mesh([0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3], data=4, fsdp=4)   # hosts of 2 x 2 chips
+    assert [process_part(mesh, p) for p in range(4)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+@pytest.mark.parametrize("processes, sizes", [([0, 1, 1, 2], dict(data=2, tensor=2)), ([0, 0, 0, 1], dict(data=4))])
+def test_rows_that_processes_share_only_in_part_are_refused(processes, sizes):
+    with pytest.raises(ConfigError, match="share some of their rows with another process, but not all"):
+        process_part(fake_mesh(processes, **sizes), 0)
+
+
+def test_tensor_over_all_processes_makes_all_read_all_rows():
+    mesh = fake_mesh([0, 1, 2, 3, 0, 1, 2, 3], data=2, tensor=4)
+    assert [process_part(mesh, p) for p in range(4)] == [(0, 1)] * 4
+
+
+def fake_devices(slices, per_slice, processes_per_slice=1, platform="tpu"):
+    """Pretended devices in a shuffled order, as a runtime may list them."""
+    each = per_slice // processes_per_slice
+    devices = [SimpleNamespace(id=s * per_slice + k, slice_index=s, process_index=s * processes_per_slice + k // each, platform=platform,
+                               device_kind="pretended", coords=(k, 0, 0), core_on_chip=0) for s in range(slices) for k in range(per_slice)]
+    return [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
+
+
+@pytest.mark.parametrize("slices", [1, 4])
+def test_data_spans_the_slices_and_the_other_axes_stay_inside(slices, monkeypatch):
+    monkeypatch.setattr("vlm_jax.sharding.mesh._mesh", lambda devices: SimpleNamespace(devices=devices, axis_names=AXES, shape=dict(zip(AXES, devices.shape))))
+    mesh = make_mesh(fsdp=2, tensor=2, slices=slices, devices=fake_devices(4, 8, processes_per_slice=2))
+    assert mesh.devices.shape == (8, 2, 2, 1, 1)
+    of_rows = [{device.slice_index for device in row.flat} for row in mesh.devices]
+    assert of_rows == [{0}, {0}, {1}, {1}, {2}, {2}, {3}, {3}]
+    assert sorted(process_part(mesh, p) for p in range(8)) == [(k, 8) for k in range(8)]
+
+
+@pytest.mark.parametrize("sizes, words", [
+    (dict(data=1, fsdp=32), "data=1 does not divide by the 4 slices"),
+    (dict(data=2, fsdp=16, slices=4), "data=2 does not divide by the 4 slices"),
+    (dict(slices=2), "lie in 4 slice.s.; set mesh.slices=4"),
+    (dict(slices=0), "mesh.slices is 0; give a positive number"),
+    (dict(slices=-1), "mesh.slices is -1; give a positive number."),
+])
+def test_slices_that_cannot_work(sizes, words):
+    with pytest.raises(ConfigError, match=words):
+        make_mesh(devices=fake_devices(4, 8), **sizes)
+
+
+def test_slices_of_different_sizes_are_refused():
+    with pytest.raises(ConfigError, match="8, 4 devices; use slices of one size"):
+        make_mesh(data=12, devices=fake_devices(1, 8) + [SimpleNamespace(**{**vars(d), "slice_index": 1, "id": d.id + 8}) for d in fake_devices(1, 4)])
+
+
+def test_simulated_devices_stand_for_slices():
+    mesh = make_mesh(fsdp=2, slices=2)
+    assert [[d.id for d in row.flat] for row in mesh.devices] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    with pytest.raises(ConfigError, match="data=8 does not divide by the 3 slices"):
+        make_mesh(data=-1, slices=3)
+    with pytest.raises(ConfigError, match="data=1 does not divide by the 2 slices"):
+        make_mesh(data=1, fsdp=8, slices=2)
+
+
+def test_padded_rows_are_those_of_the_arrays():
+    mesh = make_mesh(data=2, fsdp=4)
+    assert [padded_rows(mesh, rows) for rows in (1, 8, 9, 16)] == [8, 8, 16, 16]
+    assert put_batch({"x": np.ones(9), "weight": np.ones(9)}, mesh)["x"].shape == (16,)
 
 
 @pytest.mark.parametrize("sizes", [dict(), dict(data=2, fsdp=-1), dict(data=4, tensor=2)])

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from vlm_jax.errors import ConfigError
-from vlm_jax.sharding import batch_sharding, make_mesh, parameter_shardings, state_shardings
+from vlm_jax.sharding import batch_sharding, check_replicated, make_mesh, parameter_shardings, replicated_share, state_shardings
 
 SHAPES = {"image": {"blocks": {"mlp": {"up": {"kernel": (4, 48, 192), "bias": (4, 192)}}}, "embed": {"kernel": (30, 640)}}, "logit_scale": ()}
 
@@ -52,6 +52,8 @@ def test_first_match_wins_and_tactics_combine(mesh):
     ([(".*", "fsdp"), ("image/.*", "fsdp")], "earlier rule"),
     ([(".*", "fsdpp")], 'Did you mean "fsdp"'),
     ([(".*kernel", "tensor:5")], "give an axis from"),
+    ([(".*kernel", "tensor:1|x")], "AXIS:K"),
+    ([(".*kernel", "tensors")], 'Did you mean "tensor"'),
     ([(".*/embed/kernel", "tensor:x")], "AXIS:K"),
     ([(".*/kernel", "tensor:1,fsdp:1")], "splits axis 1 twice"),
 ])
@@ -61,8 +63,45 @@ def test_rules_that_cannot_work(mesh, rules, words):
 
 
 def test_an_axis_that_does_not_divide_is_an_error(mesh):
-    with pytest.raises(ConfigError, match="does not divide by tensor=2"):
+    with pytest.raises(ConfigError, match="divides by tensor=2"):
         parameter_shardings(mesh, tree({"kernel": (3, 5)}), [(".*", "tensor:0")])
+
+
+def test_the_first_axis_that_divides_is_taken_and_a_dash_allows_none(mesh):
+    shapes = {"a": (3, 4), "b": (4, 3), "c": (3, 5), "d": (6, 6)}
+    assert specs(parameter_shardings(mesh, tree(shapes), [(".*", "tensor:-1|0|-,fsdp")], min_size=1)) == {
+        "a": P(None, "tensor"), "b": P("tensor"), "c": P(), "d": P("fsdp", "tensor")}
+    with pytest.raises(ConfigError, match="no axis -1|0 of"):
+        parameter_shardings(mesh, tree(shapes), [(".*", "tensor:-1|0")])
+
+
+def test_rules_for_any_model_may_match_nothing(mesh):
+    assert specs(parameter_shardings(mesh, tree({"a": (4,)}), [(".*/query/kernel", "tensor:0"), (".*", "replicate")])) == {"a": P()}
+
+
+def test_replicated_share_counts_elements(mesh):
+    shapes = tree({"a": (300, 100), "b": (9_000,), "c": (1_000,)})
+    share, paths = replicated_share(shapes, parameter_shardings(mesh, shapes, [("a", "fsdp"), (".*", "replicate")]))
+    assert share == pytest.approx(0.25) and paths == ["b", "c"]
+    assert replicated_share(shapes, parameter_shardings(make_mesh(), shapes, [(".*", "fsdp:0|-")]))[0] == 1   # an axis of one device splits nothing
+
+
+def test_a_large_model_that_stays_replicated_is_refused(mesh):
+    shapes = tree({"table": (100_001, 1001), "other": (16, 1024)})
+    shardings = parameter_shardings(mesh, shapes)
+    with pytest.raises(ConfigError, match=r"100.0% of the 100 M parameters stay replicated on data=2 x fsdp=2 x tensor=2 .*table"):
+        check_replicated(shapes, shardings)
+    check_replicated(shapes, shardings, large=200_000_000)
+    check_replicated(shapes, parameter_shardings(make_mesh(), shapes))   # nothing to split it over
+    check_replicated(shapes, parameter_shardings(make_mesh(data=1, fsdp=8), tree({"table": (100_000, 1024), "other": (1001,)})))
+
+
+def test_factored_moments_keep_the_split_of_the_axes_they_have(mesh):
+    parameters = tree({"blocks": {"kernel": (3, 64, 512)}, "square": (128, 128), "bias": (512,)})
+    shardings = parameter_shardings(mesh, parameters, [("blocks/.*", "fsdp:1,tensor:2"), ("square", "fsdp:0"), ("bias", "replicate")])
+    state = tree({"row": {"blocks": {"kernel": (3, 64)}, "square": (128,)}, "column": {"blocks": {"kernel": (3, 512)}, "square": (128,)}, "count": ()})
+    assert specs(state_shardings(mesh, state, parameters, shardings)) == {
+        "row/blocks/kernel": P(None, "fsdp"), "row/square": P(), "column/blocks/kernel": P(None, "tensor"), "column/square": P(), "count": P()}
 
 
 def test_the_compiled_step_keeps_parameters_and_moments_sharded(mesh):

@@ -48,7 +48,8 @@ class Loader:
       on_bad: "skip" keeps the place of a record that cannot be used, zeros with weight 0 and mask False, and counts it; "raise" stops at it.
       bad_budget: the share of bad records among the last 10,000 above which the run stops; at least one whole batch of them stops it too, if nothing
         good has come yet. 1 never stops.
-      part: (k, n), this process reads rows k B/n ... (k + 1) B/n - 1 of every batch.
+      part: (k, n), this process reads the k-th of n contiguous blocks of ceil(B / n) rows of every batch. Where n does not divide B the last blocks have
+        rows of padding (mask False, weight 0, example_id -1).
     Attributes:
       bad: Counter of reasons.
       bad_examples: the message of the first bad records.
@@ -68,7 +69,6 @@ class Loader:
         for name, value in (("workers", workers), ("threads", threads), ("prefetch", prefetch)):
             _check(isinstance(value, int) and value >= 0, name, value, "a number, at least 0")
         _check(len(part) == 2 and 0 <= part[0] < part[1], "part", part, "(k, n) with 0 <= k < n")
-        _check(batch_size % part[1] == 0, "batch_size", batch_size, f"a multiple of the {part[1]} parts (processes) that share it")
         if not len(source):
             raise DataError(f"{source.name}: it has no records; point the source at some.")
         if not repeat and drop_remainder and len(source) < batch_size:
@@ -165,7 +165,7 @@ class BatchReader:
     def __init__(self, source: Source, processor: Callable[..., dict[str, np.ndarray]], batch_size: int, seed: int, part: tuple[int, int],
                  augment: bool, stop_at_bad: bool):
         self._source, self._processor, self._seed = source, processor, seed
-        rows = batch_size // part[1]
+        rows = -(-batch_size // part[1])
         self._batch_size, self._first, self._rows = batch_size, part[0] * rows, rows
         self._augment, self._stop_at_bad = augment, stop_at_bad
         self._buffers = Buffers()

@@ -6,12 +6,13 @@ import functools
 
 from flax import linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.nn.linear import Linear
-from vlm_jax.sharding.activations import constrain
+from vlm_jax.sharding.activations import constrain, is_split
 
 
 def allowed_keys(queries: int, keys: int, *, causal: bool = False, mask: Bool[Array, "B #H #T S"] | None = None,
@@ -127,10 +128,19 @@ class SelfAttention(nn.Module):
         width = x.shape[-1]
         heads = (self.num_heads, head_size(width, self.num_heads))
         options = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        query, key, value = (constrain(Linear(heads, kernel_init=self.qkv_init, name=name, **options)(x), "batch", "sequence", "heads", "head_dim")
-                             for name in ("query", "key", "value"))
+        query, key, value = (checkpoint_name(split_heads(Linear(heads, kernel_init=self.qkv_init, name=name, **options)(x), tokens), "qkv")
+                             for name, tokens in (("query", "sequence"), ("key", "keys"), ("value", "keys")))
         mixed = attention(query, key, value, causal=self.causal, mask=mask, softmax_dtype=self.softmax_dtype)
+        mixed = checkpoint_name(constrain(mixed, "batch", "sequence", "heads", "head_dim"), "mixed")
         return Linear(width, contract=2, kernel_init=self.out_init, name="out", **options)(mixed)
+
+
+def split_heads(x: Float[Array, "B T H K"], tokens: str) -> Float[Array, "B T H K"]:
+    """Lays out queries (`tokens="sequence"`) or keys and values ("keys") of attention: heads over `tensor`; the queries stay split over `sequence` and
+    meet all keys, which are gathered for that."""
+    if tokens == "keys" and is_split("sequence"):
+        x = constrain(x, "batch", "sequence", "heads", "head_dim")   # the projection itself is taken before the gathering
+    return constrain(x, "batch", tokens, "heads", "head_dim")
 
 
 def head_size(width: int, num_heads: int) -> int:

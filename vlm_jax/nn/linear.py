@@ -6,13 +6,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.nn.initializers import initializer
+from vlm_jax.sharding.activations import is_split
 
 
 class Linear(nn.Module):
     """A linear map from the last `contract` axes of its input to the axes `features`.
 
     The kernel has the shape [*inputs, *features], for instance [width, heads, head_dim] or [heads, head_dim, width]; it is initialised as the
-    matrix it is (all inputs against all outputs). It is applied as one two-dimensional product, for which every backend has its fastest routine.
+    matrix it is (all inputs against all outputs). It is applied as one two-dimensional product, for which every backend has its fastest routine, but on a
+    mesh that splits tokens: rows and tokens as one axis could not stay split over two mesh axes.
 
     Attributes:
       features: the size of the output axis, or a tuple of sizes.
@@ -38,7 +40,8 @@ class Linear(nn.Module):
             return initializer(self.kernel_init)(key, (rows, columns), dtype).reshape(shape)
 
         kernel = self.param("kernel", init, (*inputs, *features), jnp.dtype(self.param_dtype))
-        y = x.astype(self.dtype).reshape(-1, rows) @ kernel.astype(self.dtype).reshape(rows, columns)
+        flat = (-1,) if len(leading) < 2 or not is_split("sequence") else leading
+        y = x.astype(self.dtype).reshape(*flat, rows) @ kernel.astype(self.dtype).reshape(rows, columns)
         if self.use_bias:
             bias = self.param("bias", initializer(self.bias_init), features, jnp.dtype(self.param_dtype))
             y = y + bias.astype(self.dtype).reshape(columns)

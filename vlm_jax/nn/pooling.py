@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.errors import ConfigError
-from vlm_jax.nn.attention import attention, head_size
+from vlm_jax.nn.attention import attention, head_size, split_heads
 from vlm_jax.nn.initializers import initializer
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import Mlp
@@ -65,9 +65,8 @@ class AttentionPooling(nn.Module):
         # The query is the same for every example: projected once, then repeated.
         query = Linear(heads, name="query", **options)(probe[None])
         query = jnp.broadcast_to(query, (batch, *query.shape[1:]))
-        key = Linear(heads, name="key", **options)(x)
-        value = Linear(heads, name="value", **options)(x)
-        mixed = attention(query, key, value, softmax_dtype=self.softmax_dtype)
+        key, value = (split_heads(Linear(heads, name=name, **options)(x), "keys") for name in ("key", "value"))
+        mixed = attention(split_heads(query, "sequence"), key, value, softmax_dtype=self.softmax_dtype)
         h = Linear(width, contract=2, name="out", **options)(mixed)
         normed = LayerNorm(self.norm_eps, name="norm", **options)(h)
         return (h + Mlp(self.mlp_dim, self.activation, name="mlp", **options)(normed))[:, 0]

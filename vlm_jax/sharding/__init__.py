@@ -1,7 +1,10 @@
 """The mesh, the layout of parameters, batches and activations. Changing the mesh changes no model code and no loss curve."""
-from vlm_jax.sharding.activations import LOGICAL_AXES, constrain, logical_spec
-from vlm_jax.sharding.mesh import batch_axes, batch_sharding, batch_shards, make_mesh, process_part, put_batch, replicated
-from vlm_jax.sharding.rules import parameter_shardings, state_shardings
+from vlm_jax.sharding.activations import LOGICAL_AXES, constrain, is_split, logical_spec
+from vlm_jax.sharding.layouts import abstract_mesh, layout
+from vlm_jax.sharding.mesh import batch_axes, batch_sharding, batch_shards, make_mesh, padded_rows, process_part, put_batch, replicated
+from vlm_jax.sharding.rules import check_replicated, parameter_shardings, replicated_share, state_shardings
+from vlm_jax.sharding.topologies import parse_topology
 
-__all__ = ["LOGICAL_AXES", "batch_axes", "batch_sharding", "batch_shards", "constrain", "logical_spec", "make_mesh", "parameter_shardings",
-           "process_part", "put_batch", "replicated", "state_shardings"]
+__all__ = ["LOGICAL_AXES", "abstract_mesh", "batch_axes", "batch_sharding", "batch_shards", "check_replicated", "constrain", "is_split", "layout",
+           "logical_spec", "make_mesh", "padded_rows", "parameter_shardings", "parse_topology", "process_part", "put_batch", "replicated",
+           "replicated_share", "state_shardings"]

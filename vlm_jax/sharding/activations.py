@@ -13,6 +13,7 @@ from vlm_jax.errors import did_you_mean
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "sequence": ("sequence",),
+    "keys": (),          # what every query reads: gathered over `sequence`
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
@@ -31,7 +32,8 @@ def logical_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh) ->
 
     A name of None, or one whose table row is empty, is replicated: that keeps the sharding of a parameter (fsdp) from spreading into the
     activations. Mesh axes that the mesh lacks, that are manual (inside `shard_map`) or of size one are passed over, and of the rest the longest
-    prefix that divides the dimension is used; where none does the dimension is left to the compiler.
+    prefix that divides the dimension is used. Where none does, the dimension is whole on every device (tokens that do not divide by `sequence`, heads that
+    do not divide by `tensor`); rows are left to the compiler.
     Raises:
       ValueError: for a name that is not in the table, or when names and dimensions differ in number.
     """
@@ -49,8 +51,15 @@ def logical_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh) ->
         if used:
             entries.append(tuple(used) if len(used) > 1 else used[0])
         else:
-            entries.append(PartitionSpec.UNCONSTRAINED if wanted else None)
+            entries.append(PartitionSpec.UNCONSTRAINED if wanted and name == "batch" else None)
     return PartitionSpec(*entries)
+
+
+def is_split(name: str) -> bool:
+    """Whether the mesh that is set splits activations along the logical axis `name` (where their size divides)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types))
+    return any(types.get(axis) is AxisType.Auto and mesh.shape[axis] > 1 for axis in LOGICAL_AXES[name])
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -15,39 +16,98 @@ BATCH_AXES = ("data", "fsdp")
 PADDING = {"example_id": -1}   # what a padded row holds instead of 0
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, expert: int = 1,
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, expert: int = 1, slices: int = 1,
               devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Makes the mesh (data, fsdp, tensor, sequence, expert) of Auto axes; an axis of -1 takes the devices that the others leave.
 
     Args:
-      devices: the devices to use, by default all of them. With several processes they are laid out so that each process holds a contiguous
-        block of batch rows.
+      slices: over how many slices (groups of devices with a fast network of their own, ICI, joined by a slower one, DCN) the axis `data` extends; the
+        others stay inside one. TPUs know their slices, so that 1 stands for as many as there are; on other devices equal blocks, in the
+        order of processes, stand for slices.
+      devices: the devices to use, by default all of them; those of `jax.experimental.topologies` are taken as well. Inside a slice they are laid out
+        along its physical network.
     Raises:
-      ConfigError: if a size is neither positive nor -1, two sizes are -1, or the sizes do not multiply to the number of devices.
+      ConfigError: if a size is neither positive nor -1, two sizes are -1, the sizes do not multiply to the number of devices, or `data` does not divide
+        by the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    sizes, said = mesh_sizes(len(devices), data, fsdp, tensor, sequence, expert, slices)
+    groups = _slices(devices, slices)
+    _check_slices(sizes, said, len(groups))
+    shape = (sizes["data"] // len(groups), *list(sizes.values())[1:])
+    mesh = _mesh(np.concatenate([_inside(group, shape) for group in groups]))
+    if len({device.process_index for device in devices}) > 1 and _shards_of_processes(mesh) is None:
+        mesh = _mesh(np.concatenate([np.array(_in_order(group)).reshape(shape) for group in groups]))
+    return mesh
+
+
+def mesh_sizes(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, expert: int = 1,
+               slices: int = 1) -> tuple[dict[str, int], str]:
+    """({axis: size} on that many devices, what was asked for as errors say it); arguments and errors as in `make_mesh`."""
     sizes = dict(zip(AXES, (data, fsdp, tensor, sequence, expert)))
     said = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != 1 or name == "data")
-    for name, size in sizes.items():
-        if not isinstance(size, (int, np.integer)) or (size < 1 and size != -1):
-            raise ConfigError(f"mesh.{name} is {size!r}; give a positive number, or -1 for the devices that the other axes leave.")
+    for name, size in {**sizes, "slices": slices}.items():
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or (size < 1 and (size != -1 or name == "slices")):
+            remedy = "a positive number" if name == "slices" else "a positive number, or -1 for the devices that the other axes leave"
+            raise ConfigError(f"mesh.{name} is {size!r}; give {remedy}.")
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise ConfigError(f"mesh {said}: {' and '.join(free)} are both -1; only one axis can take the rest, give the others a size.")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free:
-        if len(devices) % fixed:
-            raise ConfigError(f"mesh {said}: the fixed axes need a multiple of {fixed} devices, {len(devices)} are present; "
-                              f"choose sizes that divide {len(devices)}.")
-        sizes[free[0]] = len(devices) // fixed
-    elif fixed != len(devices):
-        raise ConfigError(f"mesh {said} has {fixed} devices, {len(devices)} are present; "
-                          f"set one axis to -1 or choose sizes that multiply to {len(devices)}.")
-    mesh = jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-    if len({device.process_index for device in devices}) > 1 and _blocks(mesh) is None:
-        ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-        mesh = Mesh(np.array(ordered).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return mesh
+        if devices % fixed:
+            raise ConfigError(f"mesh {said}: the fixed axes need a multiple of {fixed} devices, {devices} are present; "
+                              f"choose sizes that divide {devices}.")
+        sizes[free[0]] = devices // fixed
+    elif fixed != devices:
+        raise ConfigError(f"mesh {said} has {fixed} devices, {devices} are present; "
+                          f"set one axis to -1 or choose sizes that multiply to {devices}.")
+    _check_slices(sizes, said, slices)
+    return {name: int(size) for name, size in sizes.items()}, said
+
+
+def _check_slices(sizes: Mapping[str, int], said: str, slices: int) -> None:
+    if sizes["data"] % slices:
+        raise ConfigError(f"mesh {said}: data={sizes['data']} does not divide by the {slices} slices that it must span; make the other axes smaller, together "
+                          "at most the devices of a slice.")
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _in_order(devices: Sequence[Any]) -> list[Any]:
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
+
+
+def _slices(devices: Sequence[Any], slices: int) -> list[list[Any]]:
+    """The devices of each slice, all of one length."""
+    found: dict[int, list[Any]] = {}
+    for device in devices:
+        found.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    physical = devices[0].platform == "tpu"
+    if len(found) == slices or (physical and slices == 1):
+        groups = [found[index] for index in sorted(found)]
+    elif physical:
+        raise ConfigError(f"mesh.slices={slices}: the devices lie in {len(found)} slice(s); set mesh.slices={len(found)}, or 1 to take what is there.")
+    elif slices == 1:
+        return [list(devices)]
+    else:
+        ordered, size = _in_order(devices), len(devices) // slices
+        groups = [ordered[k * size:(k + 1) * size] for k in range(slices)]
+    if len({len(group) for group in groups}) > 1:
+        raise ConfigError(f"mesh: the slices have {', '.join(str(len(group)) for group in groups)} devices; use slices of one size.")
+    return groups
+
+
+def _inside(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices of one slice as an array of `shape`, neighbours on the physical network close to each other where JAX finds a way to."""
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(shape)
+    try:
+        return mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError, AssertionError):   # no assignment, or a chip with two devices (TPU v4 as a topology, v2, v3)
+        return np.array(sorted(devices, key=lambda device: (tuple(reversed(device.coords)), device.core_on_chip))).reshape(shape)
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
@@ -71,43 +131,47 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def process_part(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """`(k, n)`: the process reads the k-th of n contiguous, equal blocks of the rows of a global batch.
+    """`(k, n)`: the process reads the k-th of n contiguous, equal blocks of the rows of a batch.
 
-    Processes whose devices differ only along the other axes (tensor ...) share a block and must read the same rows.
+    Processes whose devices differ only along the other axes (tensor ...) share a block and must read the same rows. On TPUs the devices of a process need
+    not be neighbours in the mesh: its block then fills the rows of the global array that it holds, which permutes the batch, and no loss depends on
+    the order of its rows.
     Raises:
-      ConfigError: if the devices of the processes do not form equal contiguous blocks of rows.
+      ConfigError: if two processes hold some of the same rows, but not all.
     """
     process = jax.process_index() if process is None else process
-    blocks = _blocks(mesh)
-    if blocks is None or process not in blocks:
-        raise ConfigError(f"mesh {dict(mesh.shape)}: the devices of process {process} hold no contiguous block of rows; make the mesh with "
-                          "vlm_jax.sharding.make_mesh, or choose data x fsdp as a multiple of the number of processes.")
-    first, size = blocks[process]
-    return first // size, batch_shards(mesh) // size
+    held = _shards_of_processes(mesh)
+    if held is None or process not in held:
+        raise ConfigError(f"mesh {dict(mesh.shape)}: the devices of process {process} share some of their rows with another process, but not all; make the "
+                          "mesh with vlm_jax.sharding.make_mesh, or choose data x fsdp as a multiple of the number of processes.")
+    blocks = sorted(set(held.values()))
+    return blocks.index(held[process]), len(blocks)
 
 
-def _blocks(mesh: Mesh) -> dict[int, tuple[int, int]] | None:
-    """{process: (first shard, number of shards)} of the rows of a batch, or None where they are not equal aligned blocks."""
+def _shards_of_processes(mesh: Mesh) -> dict[int, tuple[int, ...]] | None:
+    """{process: numbers of the shards of a batch on its devices}, or None unless any two processes hold the same or none in common."""
     axes = batch_axes(mesh)
     devices = np.moveaxis(mesh.devices, [mesh.axis_names.index(axis) for axis in axes], range(len(axes))).reshape(batch_shards(mesh), -1)
     shards: dict[int, set[int]] = {}
     for shard, row in enumerate(devices):
         for device in row:
             shards.setdefault(device.process_index, set()).add(shard)
-    size = len(next(iter(shards.values())))
-    blocks = {}
-    for process, held in shards.items():
-        first = min(held)
-        if held != set(range(first, first + size)) or first % size:
-            return None
-        blocks[process] = (first, size)
-    return blocks
+    held = {process: tuple(sorted(numbers)) for process, numbers in shards.items()}
+    blocks = set(held.values())
+    if len({len(block) for block in blocks}) > 1 or sum(len(block) for block in blocks) != batch_shards(mesh):
+        return None
+    return held
 
 
 @lru_cache
 def _parts_here(mesh: Mesh) -> int:
     """Into how many parts the rows of this process are split; cached, since it looks at every device of the mesh."""
     return batch_shards(mesh) // process_part(mesh)[1]
+
+
+def padded_rows(mesh: Mesh, rows: int) -> int:
+    """The rows of the global arrays of a batch of `rows`, which `put_batch` pads to a multiple of the devices that split them."""
+    return -(-rows // batch_shards(mesh)) * batch_shards(mesh)
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.sharding.mesh import batch_sharding
+from vlm_jax.sharding.mesh import batch_sharding, padded_rows
 from vlm_jax.training import flops, setup
 from vlm_jax.training.config import resolve
 from vlm_jax.training.parameters import parameter_table
@@ -19,7 +19,7 @@ def abstract_batch(parts: setup.Parts) -> dict[str, dict[str, jax.ShapeDtypeStru
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
     batch = {}
     for name, loader in parts.loaders.items():
-        rows = loader.batch_size
+        rows = padded_rows(parts.mesh, loader.batch_size)
         shapes = parts.task.input_shapes()
         batch[name] = {"image": leaf(rows, shapes["image"], jnp.float32), "tokens": leaf(rows, shapes["tokens"], jnp.int32), "mask": leaf(rows, (), jnp.bool_),
                        "weight": leaf(rows, (), jnp.float32), "example_id": leaf(rows, (), jnp.int32)}

@@ -13,9 +13,10 @@ from vlm_jax.data.sources import build_source
 from vlm_jax.errors import ConfigError
 from vlm_jax.settings import call
 from vlm_jax.sharding.mesh import make_mesh, process_part
-from vlm_jax.sharding.rules import parameter_shardings, state_shardings
+from vlm_jax.sharding.rules import check_replicated, parameter_shardings, state_shardings
 from vlm_jax.tasks import build_task
 from vlm_jax.training.gradients import ema_update, value_and_gradients
+from vlm_jax.training.guard import Guard, read_guard
 from vlm_jax.training.optimizers import Optimizer, build_optimizer
 from vlm_jax.training.stages import Rules, Stage, read_stages
 
@@ -53,6 +54,7 @@ class Parts:
     rules: Rules
     optimizer: Optimizer
     loaders: Mapping[str, Loader]
+    guard: Guard
     seed: int
     abstract_state: Any
     step: Callable
@@ -66,17 +68,17 @@ class Parts:
     def initial_state(self, params=None) -> dict:
         """Returns the training state at the stage's first step, on the mesh; `params` replaces the random ones."""
         def initialise(rng):
-            return make_state(self.task, self.optimizer, self.stage.ema, self.task.init(rng))
+            return make_state(self.task, self.optimizer, self.stage.ema, self.task.init(rng), self.guard)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         if params is None:
             return jax.jit(initialise, out_shardings=shardings)(jax.random.key(self.seed))
         params = jax.tree.map(lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding), params, self.abstract_state["params"])
-        return jax.jit(lambda p: make_state(self.task, self.optimizer, self.stage.ema, p), out_shardings=shardings)(params)
+        return jax.jit(lambda p: make_state(self.task, self.optimizer, self.stage.ema, p, self.guard), out_shardings=shardings)(params)
 
 
-def make_state(task, optimizer: Optimizer, ema: Mapping | None, params) -> dict:
-    """Returns {"params", "optimizer", "task"} and, where the stage keeps a moving average, "ema"."""
-    state = {"params": params, "optimizer": optimizer.init(params), "task": task.initial_state()}
+def make_state(task, optimizer: Optimizer, ema: Mapping | None, params, guard: Guard = Guard()) -> dict:
+    """Returns {"params", "optimizer", "task", "guard"} and, where the stage keeps a moving average, "ema"."""
+    state = {"params": params, "optimizer": optimizer.init(params), "task": task.initial_state(), "guard": guard.init()}
     if ema:
         state["ema"] = params
     return state
@@ -102,10 +104,6 @@ def build(config: Mapping[str, Any], index: int, stages: list[Stage], devices=No
         stream = call(StreamSettings, settings, f"{where}.data.{name}")
         own = call(Processor, stream.processor, f"{where}.data.{name}.processor") if stream.processor else processor
         check_fit(model, own, f"{where}.data.{name}.processor")
-        divisor = mesh.shape["data"] * mesh.shape["fsdp"]
-        if stream.batch_size % divisor:
-            raise ConfigError(f"{where}.data.{name}.batch_size={stream.batch_size} does not divide by data*fsdp={divisor} devices; "
-                              f"choose a multiple of {divisor} or a smaller mesh.")
         source = build_source(stream.source)
         loaders[name] = Loader(source, own, stream.batch_size, seed=config["seed"] + 1000 * index + number, workers=stream.workers, threads=stream.threads,
                                prefetch=stream.prefetch, on_bad=stream.on_bad, bad_budget=stream.bad_budget, part=process_part(mesh))
@@ -113,11 +111,12 @@ def build(config: Mapping[str, Any], index: int, stages: list[Stage], devices=No
     rules = Rules(stage.train, shapes, where=f"{where}.train")
     optimizer = build_optimizer(stage.optimizer, stage.schedule, stage.steps, rules, clip=stage.clip, where=where)
 
-    abstract = jax.eval_shape(lambda rng: make_state(task, optimizer, stage.ema, task.init(rng)), jax.random.key(0))
+    guard = read_guard(config.get("guard"))
+    abstract = jax.eval_shape(lambda rng: make_state(task, optimizer, stage.ema, task.init(rng), guard), jax.random.key(0))
     abstract = place(abstract, mesh, config.get("sharding"))
     first = sum(earlier.steps for earlier in stages[:index])
-    step = make_step(task, optimizer, stage, abstract, config["seed"], first)
-    return Parts(stage, first, first + stage.steps, model, processor, task, mesh, rules, optimizer, loaders, config["seed"] + index, abstract, step)
+    step = make_step(task, optimizer, stage, abstract, config["seed"], first, guard)
+    return Parts(stage, first, first + stage.steps, model, processor, task, mesh, rules, optimizer, loaders, guard, config["seed"] + index, abstract, step)
 
 
 def check_fit(model, processor: Processor, where: str) -> None:
@@ -134,17 +133,22 @@ def check_fit(model, processor: Processor, where: str) -> None:
 
 
 def place(abstract: Mapping[str, Any], mesh: jax.sharding.Mesh, rules=None) -> dict:
-    """Returns the abstract state with a sharding on every leaf; optimiser and moving average lie as the parameters they belong to."""
+    """Returns the abstract state with a sharding on every leaf; optimiser and moving average lie as the parameters they belong to.
+
+    Raises:
+      ConfigError: for rules that cannot work, or a large model of which more than 2 % would stay replicated although the mesh could split it.
+    """
     of_parameters = parameter_shardings(mesh, abstract["params"], rules)
+    check_replicated(abstract["params"], of_parameters)
     shardings = state_shardings(mesh, abstract, abstract["params"], of_parameters)
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
 
 
-def make_step(task, optimizer: Optimizer, stage: Stage, abstract_state, seed: int, first: int) -> Callable:
+def make_step(task, optimizer: Optimizer, stage: Stage, abstract_state, seed: int, first: int, guard: Guard = Guard()) -> Callable:
     """Returns the jitted training step (state, batch, number) -> (state, metrics).
 
-    `number` counts the steps of the whole run; random keys are folded from it, so that a resumed run draws what the undisturbed one draws. A step whose
-    loss or gradient is not finite changes nothing and says so in `metrics["finite"]`.
+    `number` counts the steps of the whole run; random keys are folded from it, so that a resumed run draws what the undisturbed one draws. A step that the
+    guard rejects changes nothing but the guard's counters: parameters, optimiser, moving average and task state stay as they are, bit for bit.
     """
     gradients_of = value_and_gradients(task, stage.accumulate, f"stages[{stage.index}].accumulate")
 
@@ -155,9 +159,9 @@ def make_step(task, optimizer: Optimizer, stage: Stage, abstract_state, seed: in
         new = {"params": params, "optimizer": optimizer_state, "task": task_state}
         if stage.ema:
             new["ema"] = ema_update(state["ema"], params, number - first, **stage.ema)
-        finite = jnp.isfinite(loss) & jnp.isfinite(facts["gradient_norm"])
-        new = jax.tree.map(lambda fresh, old: jnp.where(finite, fresh, old), new, state)
-        return new, {"loss": loss, "finite": finite, **facts, **metrics}
+        take, guarded, verdict = guard.judge(state["guard"], loss, facts["gradient_norm"])
+        new = {name: jax.tree.map(lambda fresh, old: jnp.where(take, fresh, old), part, state[name]) for name, part in new.items()}
+        return {**new, "guard": guarded}, {"loss": loss, **verdict, **facts, **metrics}
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
