@@ -71,6 +71,35 @@ def test_remat_full_computes_the_forward_pass_again(variables):
     assert products("none") == products("dots") == products("everything") < products("full")
 
 
+@pytest.mark.parametrize("remat", ["attention", "mlp", "minimal", "offload"])
+def test_named_policies_change_no_gradient(variables, scanned, remat):
+    for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(run(variables, remat=remat))):
+        assert np.abs(a - b).max() <= 1e-5 * max(np.abs(a).max(), 1.0)
+
+
+def test_memory_grows_and_work_shrinks_in_the_order_of_the_table():
+    block = partial(TransformerBlock, 2, 256)
+    x = jax.ShapeDtypeStruct((16, 32, 64), jnp.float32)
+    params = jax.eval_shape(Stack(block, 6).init, jax.random.key(0), x)
+
+    def compiled(remat):
+        gradient = jax.jit(jax.grad(lambda p, x: jnp.square(Stack(block, 6, remat=remat).apply(p, x)[0]).sum()))
+        return gradient.lower(params, x)
+    programs = {remat: compiled(remat) for remat in ("full", "attention", "mlp", "minimal", "none")}
+    memory = {remat: program.compile().memory_analysis().temp_size_in_bytes for remat, program in programs.items()}
+    products = {remat: program.as_text().count("stablehlo.dot_general") for remat, program in programs.items()}
+    assert memory["full"] < min(memory["attention"], memory["mlp"]) and max(memory["attention"], memory["mlp"]) < memory["minimal"] < memory["none"]
+    assert {remat: count - products["none"] for remat, count in products.items()} == dict(full=7, attention=3, mlp=6, minimal=1, none=0)
+
+
+def test_a_backend_without_host_memory_is_named(monkeypatch):
+    from vlm_jax.nn import stack
+    monkeypatch.setattr(stack, "memory_kinds", lambda: {"device"})
+    with pytest.raises(ConfigError, match='remat="offload": the backend "cpu" has no memory "pinned_host"; choose "minimal"'):
+        stack.remat_policy("offload")
+    assert stack.remat_policy("none") is None
+
+
 def test_blocks_may_take_more_inputs_and_return_only_x():
     class Adder(nn.Module):
         @nn.compact

@@ -85,6 +85,7 @@ def _attend_forward(query, key, value, allowed, scale, softmax_dtype):
     weights = weights.astype(value.dtype)
     # The sum divides the small product, not the large weights.
     out = (jnp.einsum("bhts,bhsk->bhtk", weights, value, preferred_element_type=softmax_dtype) / total).astype(value.dtype)
+    out = checkpoint_name(out, "mixed")   # here, since the backward pass reads it
     return out, (query, key, value, weights, total, out)
 
 
@@ -131,7 +132,7 @@ class SelfAttention(nn.Module):
         query, key, value = (checkpoint_name(split_heads(Linear(heads, kernel_init=self.qkv_init, name=name, **options)(x), tokens), "qkv")
                              for name, tokens in (("query", "sequence"), ("key", "keys"), ("value", "keys")))
         mixed = attention(query, key, value, causal=self.causal, mask=mask, softmax_dtype=self.softmax_dtype)
-        mixed = checkpoint_name(constrain(mixed, "batch", "sequence", "heads", "head_dim"), "mixed")
+        mixed = constrain(mixed, "batch", "sequence", "heads", "head_dim")
         return Linear(width, contract=2, kernel_init=self.out_init, name="out", **options)(mixed)
 
 

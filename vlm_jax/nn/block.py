@@ -2,6 +2,7 @@
 import dataclasses
 
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from vlm_jax.nn.attention import SelfAttention
@@ -44,7 +45,7 @@ class TransformerBlock(nn.Module):
         options, init = dict(dtype=self.dtype, param_dtype=self.param_dtype), self.kernel_init
         h = LayerNorm(self.norm_eps, name="norm_attention", **options)(x)
         attention = SelfAttention(self.num_heads, self.causal, init.qkv, init.out, softmax_dtype=self.softmax_dtype, name="attention", **options)
-        attended = Dropout(self.dropout)(attention(h, mask), train)
+        attended = Dropout(self.dropout)(checkpoint_name(attention(h, mask), "attended"), train)
         x = constrain(x + attended, "batch", "sequence", "embed")
         h = LayerNorm(self.norm_eps, name="norm_mlp", **options)(x)
         mlp = Mlp(self.mlp_dim, self.activation, self.dropout, init.up, init.down, init.mlp_bias, name="mlp", **options)

@@ -1,5 +1,6 @@
 """The two-layer perceptron of a transformer block."""
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from vlm_jax.nn.activations import ACTIVATIONS
@@ -29,7 +30,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], train: bool = False) -> Float[Array, "B T D"]:
         options = dict(bias_init=self.bias_init, dtype=self.dtype, param_dtype=self.param_dtype)
         hidden = Linear(self.hidden, kernel_init=self.up_init, name="up", **options)(x)
-        hidden = constrain(hidden, "batch", "sequence", "mlp")
+        hidden = checkpoint_name(constrain(hidden, "batch", "sequence", "mlp"), "hidden")
         hidden = choose(ACTIVATIONS, self.activation, "activation")(hidden)
         hidden = Dropout(self.dropout)(hidden, train)
         return Linear(x.shape[-1], kernel_init=self.down_init, name="down", **options)(hidden)

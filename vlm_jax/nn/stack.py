@@ -8,16 +8,53 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlm_jax.errors import ConfigError
 from vlm_jax.settings import choose
 
-# What the backward pass finds in memory; the rest it computes again. "none" leaves everything to the compiler, as without rematerialisation.
+# What the blocks of this library name with `checkpoint_name`, in the order in which they compute it: queries, keys and values; the mixed values;
+# what attention adds, after its output projection; the hidden layer of the MLP before its activation.
+SAVED_NAMES = ("qkv", "mixed", "attended", "hidden")
+HOST = "pinned_host"
+
+_policies = jax.checkpoint_policies
+# What the backward pass finds in memory; the rest it computes again. "none" leaves everything to the compiler, as without rematerialisation. From "full",
+# which keeps the blocks' inputs only, memory grows and work shrinks down to "everything".
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "everything": jax.checkpoint_policies.everything_saveable,
+    "full": _policies.nothing_saveable,
+    "attention": _policies.save_only_these_names("qkv", "mixed"),      # the projections of attention are not computed again
+    "mlp": _policies.save_only_these_names("hidden"),                  # nor, here, the largest product
+    "minimal": _policies.save_only_these_names(*SAVED_NAMES),          # nothing that has parameters is computed again: norms, softmax and activation are
+    "offload": _policies.save_and_offload_only_these_names(           # as "minimal", kept in the host's memory
+        names_which_can_be_saved=[], names_which_can_be_offloaded=list(SAVED_NAMES), offload_src="device", offload_dst=HOST),
+    "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,
+    "dots": _policies.dots_saveable,
+    "everything": _policies.everything_saveable,
 }
+
+
+def remat_policy(name: str) -> Callable | None:
+    """Returns the policy of `REMAT_POLICIES` that a `remat` setting names.
+
+    Raises:
+      ConfigError: for an unknown name, or "offload" on a backend that has no host memory to keep activations in. (On a CPU it runs and saves nothing.)
+    """
+    policy = choose(REMAT_POLICIES, name, "remat")
+    if name == "offload" and HOST not in memory_kinds():
+        raise ConfigError(f'remat="offload": the backend "{_platform()}" has no memory "{HOST}"; choose "minimal", "full" or another policy.')
+    return policy
+
+
+def memory_kinds() -> set[str]:
+    """The kinds of memory that the devices of the entered mesh have, else those of the default backend; a TPU that is compiled for ahead of time counts."""
+    if _platform() == "tpu":
+        return {"device", HOST}
+    return {memory.kind for memory in jax.local_devices(backend=_platform())[0].addressable_memories()}
+
+
+def _platform() -> str:
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
 
 
 @jax.custom_vjp
@@ -64,7 +101,7 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."], *inputs: Any, **options: Any) -> tuple[Float[Array, "..."], dict[str, Array]]:
-        policy = choose(REMAT_POLICIES, self.remat, "remat")
+        policy = remat_policy(self.remat)
         block = self.block(parent=None)
         if self.is_initializing() and not self.variables.get("params"):
             keys = jax.random.split(self.make_rng("params"), self.depth)
