@@ -1,8 +1,10 @@
-"""What the command lines share: arguments with `--config.a.b=v` overrides, and errors printed in one line with their exit code."""
+"""What the command lines share: arguments with `--config.a.b=v` overrides, several processes, and errors printed in one line with their exit code."""
 import argparse
 from collections.abc import Callable, Sequence
+import os
 import sys
 
+from vlm_jax import distributed
 from vlm_jax.errors import ConfigError, VlmError, did_you_mean
 
 
@@ -27,10 +29,30 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> t
     return known, overrides
 
 
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of runs in several processes; `start_processes` reads them."""
+    group = parser.add_argument_group("several processes", "on TPU pods and under SLURM's srun nothing is needed; python -m vlm_jax.launch starts several here")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is reached, the same in all processes")
+    group.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
+    group.add_argument("--process_id", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument("--bind", metavar="ADDRESS", help="the address that process 0 listens on; default: the coordinator's")
+    group.add_argument("--start_timeout", type=float, metavar="SECONDS", help="how long to wait for all processes; default: 300")
+    group.add_argument("--heartbeat", type=float, metavar="SECONDS", help="silence after which a process counts as lost; default: 100")
+
+
+def start_processes(options: argparse.Namespace) -> None:
+    """Joins the other processes; those other than process 0 print errors and warnings only. Raises what `distributed.start` raises."""
+    processes = distributed.start(options.coordinator, options.processes, options.process_id, timeout=options.start_timeout, heartbeat=options.heartbeat,
+                                  bind=options.bind)
+    if processes > 1 and distributed.process_id() != 0:
+        sys.stdout = open(os.devnull, "w")
+
+
 def main(run: Callable[[], object]) -> None:
-    """Runs a command line: a VlmError is printed as `error: ...` and exits with its code, Ctrl-C exits with 130."""
+    """Runs a command line: a VlmError is printed as `error: ...` and exits with its code, Ctrl-C exits with 130; several: `distributed.guarded`."""
     try:
-        run()
+        with distributed.guarded():
+            run()
     except VlmError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -8,8 +8,10 @@
 
 With one process all of it is there and does nothing. The agreements are lines over the connections of `peers.py`: no device takes part in them.
 """
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 import contextlib
+import hashlib
+import json
 import multiprocessing
 import os
 import shlex
@@ -107,18 +109,29 @@ def barrier(name: str, timeout: float | None = None) -> None:
 
 
 def check_same(name: str, value: Any) -> None:
-    """Raises a ConfigError on all processes unless `value` (anything JSON can hold) is the same on all; of a mapping the differing keys are named."""
-    values = _exchange(f"check_same {name}", value)
-    for other, theirs in enumerate(values):
-        if theirs != values[0]:
-            keys = [name]
-            if isinstance(theirs, Mapping) and isinstance(values[0], Mapping):
-                keys = sorted(key for key in theirs.keys() | values[0].keys() if theirs.get(key) != values[0].get(key))
-                theirs, values[0] = theirs.get(keys[0]), values[0].get(keys[0])
-                name = f"{name}: {keys[0]}"
-            more = f" ({', '.join(keys[1:6])} differ too)" if len(keys) > 1 else ""
-            raise ConfigError(f"{name} is {_short(theirs)} in process {other}, {_short(values[0])} in process 0{more}; start all processes with the same "
-                              "command and the same files.")
+    """Raises a ConfigError on all processes, naming the first difference, unless `value` (anything JSON can hold) is the same on all.
+
+    The processes exchange digests; the values only where these differ.
+    """
+    text = json.dumps(value, sort_keys=True)
+    given = _exchange(f"check_same {name}", hashlib.sha256(text.encode()).hexdigest())
+    other = next((process for process, digest in enumerate(given) if digest != given[0]), None)
+    if other is None:
+        return
+    values = _exchange(f"difference of {name}", json.loads(text) if process_id() in (0, other) else None)
+    where, ours, theirs = _difference(name, values[0], values[other])
+    raise ConfigError(f"{where} is {_short(theirs)} in process {other}, {_short(ours)} in process 0; start all with the same command and the same files.")
+
+
+def _difference(where: str, a: Any, b: Any) -> tuple[str, Any, Any]:
+    """The path of the first place where two JSON values differ, with what they hold there."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        key = next(key for key in sorted(a.keys() | b.keys()) if a.get(key, ...) != b.get(key, ...))
+        return _difference(f"{where}.{key}", a.get(key, "missing"), b.get(key, "missing"))
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        place = next(place for place in range(len(a)) if a[place] != b[place])
+        return _difference(f"{where}.{place}", a[place], b[place])
+    return where, a, b
 
 
 def request_stop() -> None:

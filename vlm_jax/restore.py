@@ -23,10 +23,10 @@ class Loaded:
     config: dict[str, Any]
     step: int
 
-    def predictor(self, batch_size: int = 64):
-        """Returns a `vlm_jax.evaluation.predictor.Predictor`: embeddings of lists of images and texts."""
+    def predictor(self, batch_size: int = 64, mesh=None):
+        """Returns a `vlm_jax.evaluation.predictor.Predictor`: embeddings of lists of images and texts, on one device or on those of `mesh`."""
         from vlm_jax.evaluation.predictor import Predictor
-        return Predictor(self.model, self.params, self.processor, batch_size=batch_size)
+        return Predictor(self.model, self.params, self.processor, mesh=mesh, batch_size=batch_size)
 
 
 def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:

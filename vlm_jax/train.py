@@ -17,9 +17,15 @@ def run(arguments: Sequence[str] | None = None) -> dict:
     parser.add_argument("--dry_run", action="store_true", help="print what would run, without running it")
     parser.add_argument("--print_config", action="store_true", help="print the resolved config as JSON and stop")
     parser.add_argument("--profile", metavar="FROM-TO", help="write a profiler trace of these steps into the workdir, e.g. 10-13")
+    command_line.add_process_flags(parser)
     options, overrides = command_line.parse(parser, arguments)
 
+    from vlm_jax import distributed
     from vlm_jax.training.config import apply_overrides, load_config, resolve
+    if not options.workdir and not (options.dry_run or options.print_config):
+        parser.error("--workdir is needed to train; add --workdir runs/NAME, or --dry_run")
+    if not (options.dry_run or options.print_config):
+        command_line.start_processes(options)
     config = apply_overrides(load_config(options.config), overrides)
     if options.print_config:
         import json
@@ -29,8 +35,8 @@ def run(arguments: Sequence[str] | None = None) -> dict:
         from vlm_jax.training.dry_run import dry_run
         print(dry_run(config))
         return {}
-    if not options.workdir:
-        parser.error("--workdir is needed to train; add --workdir runs/NAME, or --dry_run")
+    distributed.check_same("config", resolve(config))
+    distributed.check_same("command", {"workdir": options.workdir, "profile": options.profile})
     from vlm_jax.training.loop import train
     return train(config, options.workdir, profile=options.profile)
 
