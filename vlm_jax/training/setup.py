@@ -18,7 +18,7 @@ from vlm_jax.tasks import build_task
 from vlm_jax.training.gradients import ema_update, value_and_gradients
 from vlm_jax.training.guard import Guard, read_guard
 from vlm_jax.training.optimizers import Optimizer, build_optimizer
-from vlm_jax.training.stages import Rules, Stage, read_stages
+from vlm_jax.training.stages import Rules, Stage, read_stages, store_frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,18 @@ class StreamSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class AbstractStream:
+    """In the place of a loader where no record is going to be read: compiling for absent hardware needs neither data nor tokenizer."""
+    batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Parts:
     """What one stage trains with.
 
     Attributes:
       first, last: the steps of the run that this stage takes: it ends when `step == last`.
-      processor: the preprocessing of evaluation and inference; streams may have their own.
+      processor: the preprocessing of evaluation and inference; streams may have their own. None, and loaders `AbstractStream`, if built without data.
       abstract_state: shapes and dtypes of the training state with their shardings on `mesh`.
       step: jitted (state, batch, number) -> (state, metrics); the state is donated.
     """
@@ -48,12 +54,12 @@ class Parts:
     first: int
     last: int
     model: Any
-    processor: Processor
+    processor: Processor | None
     task: Any
     mesh: jax.sharding.Mesh
     rules: Rules
     optimizer: Optimizer
-    loaders: Mapping[str, Loader]
+    loaders: Mapping[str, Loader | AbstractStream]
     guard: Guard
     seed: int
     abstract_state: Any
@@ -68,7 +74,9 @@ class Parts:
     def initial_state(self, params=None) -> dict:
         """Returns the training state at the stage's first step, on the mesh; `params` replaces the random ones."""
         def initialise(rng):
-            return make_state(self.task, self.optimizer, self.stage.ema, self.task.init(rng), self.guard)
+            dtypes = jax.tree.map(lambda leaf: leaf.dtype, self.abstract_state["params"])
+            params = jax.tree.map(lambda value, dtype: value.astype(dtype), self.task.init(rng), dtypes)
+            return make_state(self.task, self.optimizer, self.stage.ema, params, self.guard)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         if params is None:
             return jax.jit(initialise, out_shardings=shardings)(jax.random.key(self.seed))
@@ -84,9 +92,11 @@ def make_state(task, optimizer: Optimizer, ema: Mapping | None, params, guard: G
     return state
 
 
-def build(config: Mapping[str, Any], index: int, stages: list[Stage], devices=None) -> Parts:
+def build(config: Mapping[str, Any], index: int, stages: list[Stage], devices=None, data: bool = True) -> Parts:
     """Builds everything of stage `index` of a resolved config.
 
+    Args:
+      data: False leaves out sources, tokenizers and preprocessing, whose files need not exist then.
     Raises:
       ConfigError: naming the key, for whatever cannot work: unknown names and settings, sizes of model and data that do not fit, a mesh without devices.
     """
@@ -94,14 +104,18 @@ def build(config: Mapping[str, Any], index: int, stages: list[Stage], devices=No
     where = f"stages[{index}]"
     sections = stage.sections
     model = registry.build(**sections["model"], dtypes=sections["dtypes"])
-    processor = call(Processor, sections["processor"], "processor")
-    check_fit(model, processor, "processor")
+    processor = call(Processor, sections["processor"], "processor") if data else None
+    if data:
+        check_fit(model, processor, "processor")
     mesh = call(make_mesh, sections["mesh"], "mesh", devices=devices)
     task = build_task(sections["task"], model, mesh=mesh)
 
     loaders = {}
     for number, (name, settings) in enumerate(sorted(stage.data.items())):
         stream = call(StreamSettings, settings, f"{where}.data.{name}")
+        if not data:
+            loaders[name] = AbstractStream(stream.batch_size)
+            continue
         own = call(Processor, stream.processor, f"{where}.data.{name}.processor") if stream.processor else processor
         check_fit(model, own, f"{where}.data.{name}.processor")
         source = build_source(stream.source)
@@ -112,7 +126,11 @@ def build(config: Mapping[str, Any], index: int, stages: list[Stage], devices=No
     optimizer = build_optimizer(stage.optimizer, stage.schedule, stage.steps, rules, clip=stage.clip, where=where)
 
     guard = read_guard(config.get("guard"))
-    abstract = jax.eval_shape(lambda rng: make_state(task, optimizer, stage.ema, task.init(rng), guard), jax.random.key(0))
+
+    def initialise(rng):
+        params = store_frozen(task.init(rng), rules, sections["dtypes"].get("frozen"), stages[index + 1:])
+        return make_state(task, optimizer, stage.ema, params, guard)
+    abstract = jax.eval_shape(initialise, jax.random.key(0))
     abstract = place(abstract, mesh, config.get("sharding"))
     first = sum(earlier.steps for earlier in stages[:index])
     step = make_step(task, optimizer, stage, abstract, config["seed"], first, guard)
@@ -150,7 +168,7 @@ def make_step(task, optimizer: Optimizer, stage: Stage, abstract_state, seed: in
     `number` counts the steps of the whole run; random keys are folded from it, so that a resumed run draws what the undisturbed one draws. A step that the
     guard rejects changes nothing but the guard's counters: parameters, optimiser, moving average and task state stay as they are, bit for bit.
     """
-    gradients_of = value_and_gradients(task, stage.accumulate, f"stages[{stage.index}].accumulate")
+    gradients_of = value_and_gradients(task, stage.accumulate, f"stages[{stage.index}].accumulate", optimizer.rules)
 
     def train_step(state, batch, number):
         rng = jax.random.fold_in(jax.random.key(seed), number)
