@@ -125,8 +125,7 @@ class Checkpoints:
         """
         if self._allowed is not None:
             self._allowed()
-        if self._writer is not None:
-            self._reporting(self._writer.raise_failed)
+        self.check(damage=False)     # a step that does not read back is replaced by this one
         metadata = check_metadata(step, metadata)
         leaves = {path: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for path, leaf in flatten(tree).items()}
         try:
@@ -141,7 +140,17 @@ class Checkpoints:
         except VlmError:
             raise
         except Exception as error:
+            self._newest = None
             raise _cannot_save(self.folder, step, error) from error
+
+    def check(self, damage: bool = True) -> None:
+        """Raises a CheckpointError where the last save has failed by now, or (`damage`) does not read back; does not wait."""
+        if self._writer is not None:
+            self._reporting(self._writer.raise_failed)
+        if damage and self._newest in self._keeper.damaged:
+            found = self._keeper.damaged.pop(self._newest)
+            raise DamagedCheckpoint(f"{self.folder}/{self._newest}: does not read back as it was saved ({found}); check the disk, and start again: "
+                                    f"the run goes on from step {self.last_good()}.")
 
     def wait(self) -> None:
         """Blocks until the running save is committed, verified, and old steps are deleted.
@@ -152,10 +161,7 @@ class Checkpoints:
         if self._writer is not None:
             self._reporting(self._writer.wait)
         self._keeper.wait()
-        if self._newest in self._keeper.damaged:
-            damage = self._keeper.damaged.pop(self._newest)
-            raise DamagedCheckpoint(f"{self.folder}/{self._newest}: does not read back as it was saved ({damage}); check the disk, and start again: "
-                                    f"the run goes on from step {self.last_good()}.")
+        self.check()
 
     def close(self) -> None:
         """Waits and releases the threads. Raises a CheckpointError if the last save failed."""
@@ -257,7 +263,8 @@ class Checkpoints:
         try:
             call()
         except Exception as error:
-            raise _cannot_save(self.folder, self._newest, error) from error
+            step, self._newest = self._newest, None      # so that the next save clears away what this one left
+            raise _cannot_save(self.folder, step, error) from error
 
     def _warn(self, text: str) -> None:
         if text not in self._warned:

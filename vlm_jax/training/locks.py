@@ -1,25 +1,26 @@
 """One trainer a workdir: two would delete each other's unfinished checkpoints."""
 import json
+import logging
 import os
 import socket
-import threading
 import time
 from typing import Any
 
 from vlm_jax.errors import CheckpointError
-from vlm_jax.training.append_file import is_remote
+from vlm_jax.training.remote_lock import RemoteLock
+from vlm_jax.training.storage import is_remote
 
 NAME = "train.lock"
+_log = logging.getLogger(__name__)
 _STARTED = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-_BEAT_SECONDS, _STALE_SECONDS = 30.0, 300.0
 
 
 class WorkdirLock:
     """Holds `workdir/train.lock` (host, process, start time) for as long as the `with` block runs.
 
     On a local disk the kernel holds the lock and drops it with the process, so a killed trainer never blocks the next one. Object stores
-    have no locks: there the file is renewed every half minute and one that has not been renewed for five minutes counts as abandoned,
-    as does one whose process on this host is gone. On a pod, process 0 holds the lock for all.
+    have no locks: there it is a file that its owner renews (`remote_lock.py`); after a kill on another machine the next trainer waits two
+    minutes for a sign of life before it takes over. On a pod, process 0 holds the lock for all.
 
     Raises:
       CheckpointError: on entering, if another trainer holds the workdir or the workdir cannot be written.
@@ -28,8 +29,7 @@ class WorkdirLock:
     def __init__(self, workdir: str | os.PathLike):
         self.path = os.path.join(os.fspath(workdir), NAME)
         self._descriptor: int | None = None
-        self._stop = threading.Event()
-        self._beat: threading.Thread | None = None
+        self._remote: RemoteLock | None = None
 
     def __enter__(self) -> "WorkdirLock":
         import jax
@@ -37,7 +37,8 @@ class WorkdirLock:
             return self
         try:
             if is_remote(self.path):
-                self._enter_remote()
+                self._remote = RemoteLock(self.path, _me(), _gone, self._refusal)
+                self._remote.acquire()
             else:
                 self._enter_local()
         except OSError as error:
@@ -46,16 +47,22 @@ class WorkdirLock:
         return self
 
     def __exit__(self, *_) -> None:
-        if self._beat is not None:
-            self._stop.set()
-            self._beat.join()
-            self._beat = None
-            _remote(self.path).unlink(missing_ok=True)
+        if self._remote is not None:
+            try:
+                self._remote.release()
+            except OSError as error:
+                _log.warning("WARNING: %s could not be released (%s); the next trainer waits until it is stale.", self.path, error)
+            self._remote = None
         if self._descriptor is not None:
             if _same_file(self._descriptor, self.path):
                 os.unlink(self.path)
             os.close(self._descriptor)
             self._descriptor = None
+
+    def check(self) -> None:
+        """Raises a CheckpointError where this trainer has lost the workdir to another one (after being stopped for minutes, on an object store)."""
+        if self._remote is not None:
+            self._remote.check()
 
     def _enter_local(self) -> None:
         import fcntl
@@ -82,21 +89,6 @@ class WorkdirLock:
             else:
                 os.close(descriptor)
 
-    def _enter_remote(self) -> None:
-        path = _remote(self.path)
-        if path.exists():
-            holder = _parse(path.read_bytes())
-            if not _gone(holder) and time.time() - holder.get("renewed", 0) < _STALE_SECONDS:
-                raise self._refusal(holder)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_me()))
-        self._beat = threading.Thread(target=self._renew, daemon=True)
-        self._beat.start()
-
-    def _renew(self) -> None:
-        while not self._stop.wait(_BEAT_SECONDS):
-            _remote(self.path).write_text(json.dumps(_me()))
-
     def _refusal(self, holder: dict[str, Any]) -> CheckpointError:
         who = f"process {holder.get('pid', '?')} on {holder.get('host', 'another host')}"
         return CheckpointError(f"{os.path.dirname(self.path)}: {who} has been training here since {holder.get('started', 'a while')}; "
@@ -112,7 +104,7 @@ def _same_file(descriptor: int, path: str) -> bool:
 
 def _me() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "process_start": _process_start(os.getpid()),
-            "started": _STARTED, "renewed": time.time()}
+            "started": _STARTED}
 
 
 def _gone(holder: dict[str, Any]) -> bool:
@@ -143,8 +135,3 @@ def _parse(content: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}
-
-
-def _remote(path: str):
-    from etils import epath
-    return epath.Path(path)
