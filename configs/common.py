@@ -1,11 +1,29 @@
-"""What the configs of dual encoders share: preprocessing lists and the evaluations of the quickstart."""
+"""What the configs of dual encoders share: the layout on a topology, preprocessing lists and the evaluations of the quickstart."""
 from collections.abc import Sequence
 from typing import Any
+
+import ml_collections as ml
+
+from vlm_jax.sharding.layouts import layout
 
 # Radford et al. 2021, the statistics that the released models were trained with.
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 CLIP_VALUES = [["value_range", {"low": 0.0, "high": 1.0}], ["normalize", {"mean": CLIP_MEAN, "std": CLIP_STD}]]
+
+
+def lay_out(config: ml.ConfigDict, arg: ml.ConfigDict, default: str, parameters: int) -> None:
+    """Fills `mesh`, `sharding` and `topology` of a config by `arg.topology` and `arg.layout`; without a topology the batch is split over what is there.
+
+    Args:
+      default: the topology that the full variant is for where the argument names none; "" for small configs.
+      parameters: of the full variant's model, for `layout="auto"`.
+    """
+    test = arg.variant == "test"
+    topology = arg.topology or ("" if test else default)
+    if topology:
+        config.update(layout(arg.layout, topology, 1_000_000 if test else parameters))
+        config.topology = topology
 
 
 def pictures(size: int, low: float = -1.0, high: float = 1.0, method: str = "bilinear") -> list:

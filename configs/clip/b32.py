@@ -10,6 +10,6 @@ from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,shards=...,tokenizer=...,data_dir=..."."""
-    arg = parse_arg(arg, variant="full", shards="pairs-{000000..000999}.tar", tokenizer="clip_tokenizer", data_dir="")
-    return pairs("clip_b32", "b32-224", size=224, peak=5e-4, arg=arg)
+    """Returns the config; `arg` is "variant=full|test,shards=...,tokenizer=...,data_dir=...,topology=v5e-256,layout=auto"."""
+    arg = parse_arg(arg, variant="full", shards="pairs-{000000..000999}.tar", tokenizer="clip_tokenizer", data_dir="", topology="", layout="auto")
+    return pairs("clip_b32", "b32-224", size=224, peak=5e-4, parameters=151_277_313, arg=arg)

@@ -8,9 +8,9 @@ from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,steps=450"."""
-    arg = parse_arg(arg, variant="full", steps=450)
-    config = emoji.get_config(f"variant={arg.variant},steps={arg.steps}")
+    """Returns the config; `arg` is "variant=full|test,steps=450,topology=...,layout=auto"."""
+    arg = parse_arg(arg, variant="full", steps=450, topology="", layout="auto")
+    config = emoji.get_config(f"variant={arg.variant},steps={arg.steps},topology={arg.topology},layout={arg.layout}")
     config.name = "clip_emoji"
     config.model = dict(name="clip", preset="test" if arg.variant == "test" else "emoji")
     config.task.loss = "softmax"

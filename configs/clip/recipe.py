@@ -5,14 +5,14 @@ warm-up, cosine to 0; a random square crop is the only augmentation; the tempera
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import CLIP_VALUES, clip_pictures, zero_shot
+from vlm_jax.configs.common import CLIP_VALUES, clip_pictures, lay_out, zero_shot
 
 BATCH = 32_768
 STEPS = 400_000_000 * 32 // BATCH
 
 
-def pairs(name: str, preset: str, size: int, peak: float, arg) -> ml.ConfigDict:
-    """Returns the config of one released ViT model; `arg` has variant, shards, tokenizer and data_dir."""
+def pairs(name: str, preset: str, size: int, peak: float, parameters: int, arg, *, topology: str = "v5e-256") -> ml.ConfigDict:
+    """Returns the config of one released ViT model of that many parameters; `arg` has variant, shards, tokenizer, data_dir, topology and layout."""
     test = arg.variant == "test"
     config = ml.ConfigDict()
     config.name = name
@@ -32,7 +32,7 @@ def pairs(name: str, preset: str, size: int, peak: float, arg) -> ml.ConfigDict:
     crop = [["decode", {}], ["resize_shortest", {"size": size, "method": "bicubic"}], ["random_crop", {"size": size}], *CLIP_VALUES]
     config.processor = dict(image=clip_pictures(size), text=text)
     config.task = dict(name="contrastive", loss="softmax")
-    config.mesh = dict(data=-1, fsdp=1)
+    lay_out(config, arg, topology, parameters)
     config.dtypes = dict(params="float32", compute="float32" if test else "bfloat16", softmax="float32")
     config.stages = [dict(
         steps=2 if test else STEPS,

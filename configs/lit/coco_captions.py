@@ -7,13 +7,13 @@ Try here: python -m vlm_jax.train --config configs/lit/coco_captions.py:variant=
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import loaded_text, pictures, retrieval, trained_text
+from vlm_jax.configs.common import lay_out, loaded_text, pictures, retrieval, trained_text
 from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,init=WORKDIR,tokenizer=FILE,data_dir=..."."""
-    arg = parse_arg(arg, variant="full", init="", tokenizer="c4_en.model", data_dir="")
+    """Returns the config; `arg` is "variant=full|test,init=WORKDIR,tokenizer=FILE,data_dir=...,topology=v5e-8,layout=auto"."""
+    arg = parse_arg(arg, variant="full", init="", tokenizer="c4_en.model", data_dir="", topology="", layout="auto")
     test = arg.variant == "test"
     if test:
         source, held_out = dict(name="shapes", split="train", size=32), dict(name="shapes", split="validation", size=32, limit=8)
@@ -29,6 +29,7 @@ def get_config(arg=None):
     config.model = dict(name="lit", preset="test" if test else "b16-b")
     config.processor = dict(image=pictures(24 if test else 224), text=text)
     config.task = dict(name="contrastive", loss="softmax")
+    lay_out(config, arg, "v5e-8", parameters=196_033_537)
     config.stages = [dict(
         steps=2 if test else 5_000,
         data=dict(pairs=dict(source=source, batch_size=8 if test else 512)),

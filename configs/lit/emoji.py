@@ -8,9 +8,9 @@ from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,steps=300": the steps of each stage."""
-    arg = parse_arg(arg, variant="full", steps=300)
-    config = emoji.get_config(f"variant={arg.variant},steps={arg.steps}")
+    """Returns the config; `arg` is "variant=full|test,steps=300,topology=...,layout=auto": the steps of each stage."""
+    arg = parse_arg(arg, variant="full", steps=300, topology="", layout="auto")
+    config = emoji.get_config(f"variant={arg.variant},steps={arg.steps},topology={arg.topology},layout={arg.layout}")
     config.name = "lit_emoji"
     first = config.stages[0].to_dict() if hasattr(config.stages[0], "to_dict") else dict(config.stages[0])
     second = dict(first, train=[(r"image/.*", None), (r".*", {})], init_from=dict(previous=True, mapping=[(r"(image/.*)", r"\1")], missing="keep"))

@@ -8,13 +8,13 @@ Data:     1,107 pictures are never trained on: `heldout_attributes` holds combin
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import pictures, retrieval, trained_text
+from vlm_jax.configs.common import lay_out, pictures, retrieval, trained_text
 from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,steps=450"."""
-    arg = parse_arg(arg, variant="full", steps=450)
+    """Returns the config; `arg` is "variant=full|test,steps=450,topology=...,layout=auto"."""
+    arg = parse_arg(arg, variant="full", steps=450, topology="", layout="auto")
     test = arg.variant == "test"
     size = 24 if test else 48
     train = dict(name="emoji", split="train", size=72)
@@ -26,6 +26,7 @@ def get_config(arg=None):
     # White, the background, becomes 0, so that empty patches carry nothing but their position.
     config.processor = dict(image=pictures(size, -2.0, 0.0), text=trained_text(train, vocab_size=300 if test else 2048, length=16))
     config.task = dict(name="contrastive", loss="sigmoid")
+    lay_out(config, arg, "", parameters=10_000_000)
     config.stages = [dict(
         steps=2 if test else arg.steps,
         data=dict(pairs=dict(source=train, batch_size=8 if test else 256)),

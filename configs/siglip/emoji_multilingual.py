@@ -10,14 +10,14 @@ Measured: held-out combinations, text to image R@1 / R@5: English 66.0 / 96.7 %,
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import pictures, retrieval, trained_text
+from vlm_jax.configs.common import lay_out, pictures, retrieval, trained_text
 from vlm_jax.data.worlds.emoji_splits import HELDOUT_LANGUAGES, TRAIN_LANGUAGES
 from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,steps=350,text_steps=1100": the steps of the two stages."""
-    arg = parse_arg(arg, variant="full", steps=350, text_steps=1100)
+    """Returns the config; `arg` is "variant=full|test,steps=350,text_steps=1100,topology=...,layout=auto": the steps of the two stages."""
+    arg = parse_arg(arg, variant="full", steps=350, text_steps=1100, topology="", layout="auto")
     test = arg.variant == "test"
     languages = list(TRAIN_LANGUAGES)
     every_language = languages + list(HELDOUT_LANGUAGES)
@@ -29,6 +29,7 @@ def get_config(arg=None):
     config.model = dict(name="siglip", preset="test" if test else "emoji", text=dict(length=28, vocab_size=8192))
     config.processor = dict(image=pictures(24 if test else 48, -2.0, 0.0), text=trained_text(train, vocab_size=3000 if test else 8192, length=28))
     config.task = dict(name="contrastive", loss="sigmoid")
+    lay_out(config, arg, "", parameters=10_000_000)
     english = dict(
         steps=2 if test else arg.steps,
         data=dict(pairs=dict(source=dict(train, languages=["en"]), batch_size=8 if test else 256)),

@@ -9,6 +9,6 @@ from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,shards=...,tokenizer=...,data_dir=..."."""
-    arg = parse_arg(arg, variant="full", shards="webli-{000000..000999}.tar", tokenizer="c4_en.model", data_dir="")
-    return webli("siglip_l16_webli", "siglip", "l16-256", size=256, length=64, arg=arg)
+    """Returns the config; `arg` is "variant=full|test,shards=...,tokenizer=...,data_dir=...,topology=v5e-256,layout=auto"."""
+    arg = parse_arg(arg, variant="full", shards="webli-{000000..000999}.tar", tokenizer="c4_en.model", data_dir="", topology="", layout="auto")
+    return webli("siglip_l16_webli", "siglip", "l16-256", size=256, length=64, parameters=652_150_786, arg=arg)

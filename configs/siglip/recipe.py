@@ -5,15 +5,16 @@ text lower-cased, C4 SentencePiece of 32,000 entries, pictures resized to a squa
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import loaded_text, pictures, zero_shot
+from vlm_jax.configs.common import lay_out, loaded_text, pictures, zero_shot
 
 BATCH = 32_768
 STEPS = 40_000_000_000 // BATCH
 WARMUP = 200_000_000 // BATCH   # stated for SigLiT, the locked towers; taken over here
 
 
-def webli(name: str, family: str, preset: str, size: int, length: int, arg, *, canonical: bool = True) -> ml.ConfigDict:
-    """Returns the config of one released model; `arg` has variant, shards, tokenizer and imagenet_dir."""
+def webli(name: str, family: str, preset: str, size: int, length: int, parameters: int, arg, *, canonical: bool = True,
+          topology: str = "v5e-256") -> ml.ConfigDict:
+    """Returns the config of one released model of that many parameters; `arg` has variant, shards, tokenizer, data_dir, topology and layout."""
     test = arg.variant == "test"
     config = ml.ConfigDict()
     config.name = name
@@ -31,7 +32,7 @@ def webli(name: str, family: str, preset: str, size: int, length: int, arg, *, c
         text = loaded_text(arg.tokenizer, length, canonical=canonical)
     config.processor = dict(image=pictures(size), text=text)
     config.task = dict(name="contrastive", loss="sigmoid")
-    config.mesh = dict(data=-1, fsdp=1)
+    lay_out(config, arg, topology, parameters)
     config.dtypes = dict(params="float32", compute="float32" if test else "bfloat16", softmax="float32")
     config.stages = [dict(
         steps=2 if test else STEPS,

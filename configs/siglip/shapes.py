@@ -8,13 +8,13 @@ Try here: python -m vlm_jax.train --config configs/siglip/shapes.py:variant=test
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import pictures, retrieval, trained_text, zero_shot
+from vlm_jax.configs.common import lay_out, pictures, retrieval, trained_text, zero_shot
 from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,steps=1200"."""
-    arg = parse_arg(arg, variant="full", steps=1200)
+    """Returns the config; `arg` is "variant=full|test,steps=1200,topology=...,layout=auto"."""
+    arg = parse_arg(arg, variant="full", steps=1200, topology="", layout="auto")
     test = arg.variant == "test"
     size = 24 if test else 48
     train = dict(name="shapes", split="train", size=size)
@@ -25,6 +25,7 @@ def get_config(arg=None):
     config.model = dict(name="siglip", preset="test" if test else "shapes")
     config.processor = dict(image=pictures(size, -2.0, 0.0), text=trained_text(train, vocab_size=300, length=16))
     config.task = dict(name="contrastive", loss="sigmoid")
+    lay_out(config, arg, "", parameters=10_000_000)
     config.stages = [dict(
         steps=2 if test else arg.steps,
         data=dict(pairs=dict(source=train, batch_size=8 if test else 128)),

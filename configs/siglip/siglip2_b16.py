@@ -11,6 +11,6 @@ from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,shards=...,tokenizer=...,data_dir=..."."""
-    arg = parse_arg(arg, variant="full", shards="webli-{000000..000999}.tar", tokenizer="gemma.model", data_dir="")
-    return webli("siglip2_b16", "siglip2", "b16-224", size=224, length=64, arg=arg, canonical=False)
+    """Returns the config; `arg` is "variant=full|test,shards=...,tokenizer=...,data_dir=...,topology=v5e-256,layout=auto"."""
+    arg = parse_arg(arg, variant="full", shards="webli-{000000..000999}.tar", tokenizer="gemma.model", data_dir="", topology="", layout="auto")
+    return webli("siglip2_b16", "siglip2", "b16-224", size=224, length=64, parameters=375_187_970, arg=arg, canonical=False)

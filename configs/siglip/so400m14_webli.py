@@ -9,6 +9,6 @@ from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,shards=...,tokenizer=...,data_dir=..."."""
-    arg = parse_arg(arg, variant="full", shards="webli-{000000..000999}.tar", tokenizer="c4_en.model", data_dir="")
-    return webli("siglip_so400m14_webli", "siglip", "so400m14-224", size=224, length=16, arg=arg)
+    """Returns the config; `arg` is "variant=full|test,shards=...,tokenizer=...,data_dir=...,topology=v5e-256,layout=auto"."""
+    arg = parse_arg(arg, variant="full", shards="webli-{000000..000999}.tar", tokenizer="c4_en.model", data_dir="", topology="", layout="auto")
+    return webli("siglip_so400m14_webli", "siglip", "so400m14-224", size=224, length=16, parameters=877_360_306, arg=arg)

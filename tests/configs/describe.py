@@ -1,4 +1,4 @@
-"""The golden text of a config: its resolved values, its parameter shapes, and how they lie on a mesh of eight devices (data=2, fsdp=4)."""
+"""The golden text of a config: its resolved values, its parameter shapes, and how they lie on its topology, or else on eight devices (data=2, fsdp=4)."""
 import hashlib
 import json
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 import jax
 
 from vlm_jax import registry
-from vlm_jax.sharding.mesh import make_mesh
-from vlm_jax.sharding.rules import parameter_shardings
+from vlm_jax.sharding import abstract_mesh, check_replicated, parameter_shardings, replicated_share
 from vlm_jax.tasks import build_task
 from vlm_jax.training.config import load_config, resolve
 from vlm_jax.training.trees import flatten
@@ -28,12 +27,17 @@ def golden_path(config_file: str) -> Path:
 
 
 def describe(config_file: str) -> str:
-    """Resolved config and, a line a leaf, path, shape, dtype and sharding. Nothing is allocated."""
+    """Resolved config, mesh and, a line a leaf, path, shape, dtype and sharding. Nothing is allocated, and no device of the topology is needed."""
     config = resolve(load_config(config_file))
     task = build_task(config["task"], registry.build(**config["model"], dtypes=config["dtypes"]))
     shapes = jax.eval_shape(task.init, jax.random.key(0))
-    shardings = parameter_shardings(make_mesh(data=2, fsdp=4), shapes)
-    lines = [json.dumps(config, indent=1, sort_keys=True), ""]
+    topology = config["topology"]
+    mesh = abstract_mesh(topology, config["mesh"]) if topology else abstract_mesh("cpu-8", dict(data=2, fsdp=4))
+    shardings = parameter_shardings(mesh, shapes, config["sharding"])
+    check_replicated(shapes, shardings)
+    share, _ = replicated_share(shapes, shardings)
+    lines = [json.dumps(config, indent=1, sort_keys=True), "", f"{topology or 'eight devices'}: " + " x ".join(f"{k}={n}" for k, n in mesh.shape.items() if n > 1)
+             + f"; {share:.2%} of the parameters on every device", ""]
     for (path, leaf), (_, sharding) in zip(flatten(shapes).items(), flatten(shardings).items()):
         lines.append(f"{path} {leaf.shape} {leaf.dtype} {sharding.spec}")
     return "\n".join(lines) + "\n"

@@ -35,15 +35,16 @@ _TENSOR_RULES = (
     (".*/mlp/up/kernel", "tensor:-1|-2|-"),
     (".*/mlp/up/bias", "tensor:-1|-"),
     (".*/mlp/down/kernel", "tensor:-2|-1|-"),
-    (".*/token_embedding", "tensor:0|1|-"),
 )
-_SMALL = (".*/(bias|scale)", "replicate")   # gathering a vector in every layer would cost more in latency than it saves in memory
+# Entries over `fsdp`: split by width instead, the lookup would hold the tokens of the global batch.
+_TABLE = ".*/token_embedding"
+_VECTORS = (".*/(bias|scale)", "replicate")   # gathering a vector in every layer would cost more in latency than it saves in memory
 RULES: dict[str, tuple[tuple[str, str], ...] | None] = {
     "replicated": None,
-    "fsdp": (_SMALL, (".*", "fsdp")),
-    "tensor": (*_TENSOR_RULES, _SMALL, (".*", "tensor")),
-    "fsdp_tensor": (*((pattern, tactic if pattern.endswith("bias") else f"{tactic},fsdp") for pattern, tactic in _TENSOR_RULES), _SMALL,
-                    (".*", "fsdp,tensor")),
+    "fsdp": ((_TABLE, "fsdp:0|1|-"), _VECTORS, (".*", "fsdp")),
+    "tensor": (*_TENSOR_RULES, (_TABLE, "tensor:0|1|-"), _VECTORS, (".*", "tensor")),
+    "fsdp_tensor": (*((pattern, tactic if pattern.endswith("bias") else f"{tactic},fsdp") for pattern, tactic in _TENSOR_RULES), _VECTORS,
+                    (_TABLE, "fsdp:0|-,tensor:1|-"), (".*", "fsdp,tensor")),
 }
 LAYOUTS = (*RULES, "auto")
 
