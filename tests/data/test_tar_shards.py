@@ -85,6 +85,12 @@ def test_the_index_is_kept_and_checked_against_the_shard(tmp_path, monkeypatch):
     for planted in (np.full((1, 9), 2**40), np.zeros((2, 3), np.int64), np.full((1, 9), -7)):
         np.savez(stored, stamp=stamp, samples=planted, problem=np.array(""))
         assert len(shard_index(path).samples) == 5, "an index that points outside of the shard is not believed"
+    np.savez_compressed(stored, stamp=stamp, samples=np.zeros((1_000_000, 9), np.int64), problem=np.array(""))
+    assert os.path.getsize(stored) < 200_000
+    assert len(shard_index(path).samples) == 5, "an index that inflates to more than its shard is not read"
+    with open(stored, "wb") as file:
+        np.save(file, np.zeros(3))
+    assert len(shard_index(path).samples) == 5, "an array where an archive should be"
 
 
 def test_the_index_may_live_in_a_cache_or_nowhere(tmp_path, monkeypatch):
