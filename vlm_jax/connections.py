@@ -1,5 +1,6 @@
 """Lines of JSON over a socket: what the processes of one run say to each other (`peers.py`)."""
 from collections.abc import Callable
+import contextlib
 import errno
 import json
 import socket
@@ -51,6 +52,9 @@ class Connection:
         return messages, not data
 
     def close(self) -> None:
+        """Closes it; what was sent still arrives."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
         self.socket.close()
 
 
@@ -102,9 +106,9 @@ def connect(address: tuple[str, int], process: int, timeout: float, say: Callabl
             reason = error.strerror or str(error)
         now = time.monotonic()
         if now - began > timeout:
-            raise PeerError(f"process {process} cannot reach process 0 at {where} since {timeout:.0f} s ({reason}); check --coordinator "
+            raise PeerError(f"process {process} cannot reach process 0 at {where} since {timeout:g} s ({reason}); check --coordinator "
                             "(the same on all), that process 0 runs, and that no firewall closes the port.")
         if now - said >= _SAY_SECONDS:
             said = now
-            say(f"process {process} waits for process 0 at {where}: {reason} ({now - began:.0f} of {timeout:.0f} s)")
+            say(f"process {process} waits for process 0 at {where}: {reason} ({now - began:.0f} of {timeout:g} s)")
         time.sleep(0.2)

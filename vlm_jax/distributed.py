@@ -10,6 +10,7 @@ With one process all of it is there and does nothing. The agreements are lines o
 """
 from collections.abc import Iterator
 import contextlib
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -73,6 +74,8 @@ def start(coordinator: str | None = None, processes: int | None = None, process_
     _let_peers_speak_before_abort()
     if process_id == 0:
         _say(f"all {processes} processes have come to {coordinator}")
+    if host.startswith(_LOOPBACK):
+        _gloo_listens_on(host)
     try:
         # Its handler would swallow SIGTERM from here on; `request_stop` and `stops_at` agree on a step without it.
         jax.config.update("jax_enable_preemption_service", False)
@@ -202,7 +205,7 @@ def finish(code: int = 0) -> None:
 
 def resume_command() -> str:
     """The command that starts the run again, of all processes where a launcher has started them."""
-    return os.environ.get("VLM_JAX_COMMAND") or shlex.join(["python", *sys.orig_argv[1:]])
+    return os.environ.get("VLM_JAX_COMMAND") or " ".join(shlex.join(["python", *sys.orig_argv[1:]]).split())
 
 
 def _who(coordinator: str | None, processes: int | None, process: int | None) -> tuple[str | None, int, int]:
@@ -331,6 +334,14 @@ def _exit(code: int, flush: bool = True) -> None:
             with contextlib.suppress(Exception):
                 stream.flush()
     os._exit(code)
+
+
+def _gloo_listens_on(host: str) -> None:
+    """Collectives between CPU devices of several processes listen where the machine's name leads, on loopback only if told so; JAX has no setting for it."""
+    from jax._src.lib import _jax
+    make = getattr(_jax, "make_gloo_tcp_collectives", None)
+    if make is not None:
+        _jax.make_gloo_tcp_collectives = functools.partial(make, hostname=host)
 
 
 def _let_peers_speak_before_abort() -> None:

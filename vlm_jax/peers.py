@@ -97,9 +97,9 @@ class Peers:
                 if now - said >= _SAY_SECONDS:
                     said = now
                     self._say(f"process {self.process} waits for {_list(self._missing)} of {self.processes} at {self._where()} "
-                              f"({now - self._began:.0f} of {self.timeout:.0f} s)")
+                              f"({now - self._began:.0f} of {self.timeout:g} s)")
                 if now - self._began > self.timeout:
-                    self._refuse(PeerError(f"{_list(self._missing)} of {self.processes} did not come to {self._where()} within {self.timeout:.0f} s; "
+                    self._refuse(PeerError(f"{_list(self._missing)} of {self.processes} did not come to {self._where()} within {self.timeout:g} s; "
                                            "look at their logs, and start all of them again."))
             failure = self._failure
         if failure is not None:
@@ -171,6 +171,8 @@ class Peers:
                 continue
             now = time.monotonic()
             with self._changed:
+                if self._ending:
+                    return
                 if now - ticked > max(2 * interval, self.heartbeat / 2):     # this process itself was stopped: it has heard nobody
                     for connection in self._connections.values():
                         connection.heard = now
@@ -304,7 +306,7 @@ class Peers:
                     raise PeerError(f"process {gone[0]} has left, process {self.process} waits for it at {what}; this is a bug unless their programs differ.")
                 if timeout is not None and time.monotonic() - began > timeout:
                     absent = _list([p for p in range(self.processes) if p not in self._given.get(number, {})]) if self.process == 0 else "not all processes"
-                    raise PeerError(f"{absent} did not come to {what} within {timeout:.0f} s, process {self.process} did; start all again.")
+                    raise PeerError(f"{absent} did not come to {what} within {timeout:g} s, process {self.process} did; start all again.")
                 self._changed.wait(0.2)
             result = self._results.pop(number)
         if "error" in result:
@@ -384,12 +386,13 @@ class Peers:
 
     def close(self) -> None:
         """Ends the thread and closes the sockets; what was sent still arrives."""
-        self._leaving = self._ending = True
-        self.request_stop()
-        for connection in [*self._connections.values(), *self._strangers]:
-            connection.close()
-        if self._listener is not None:
-            self._listener.close()
+        with self._changed:
+            self._leaving = self._ending = True
+            for connection in [*self._connections.values(), *self._strangers]:
+                connection.close()
+            if self._listener is not None:
+                self._listener.close()
+        os.write(self._wake_write, b"x")
 
 
 def _name(message: dict[str, Any]) -> str:
