@@ -186,7 +186,8 @@ def launch(command: Sequence[str], processes: int = 1, devices_per_process: int 
         if group is not None:
             group.send(number if asked.count(signal.SIGINT) < 3 else signal.SIGKILL)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    handled = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, forward) for number in handled}
     pause, restarted = 1.0, 0
     try:
         while True:
@@ -229,13 +230,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices_per_process", type=int, metavar="K", help="simulate K CPU devices in each process")
     parser.add_argument("--restarts", type=int, default=0, metavar="R", help="how often to start again after an interruption; default: 0")
     parser.add_argument("--heartbeat", type=float, metavar="SECONDS", help="silence after which a process counts as lost; default: 100")
-    parser.add_argument("command", nargs="*", metavar="-- COMMAND", help="what each process runs")
+    parser.add_argument("--", dest="command", nargs="+", metavar="COMMAND", help="what each process runs")
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    options = parser.parse_args(arguments[:cut])
+    options, unknown = parser.parse_known_args(arguments[:cut])
     command = arguments[cut + 1:]
-    if options.command or not command:
-        raise ConfigError("launch needs its command after --, for example: python -m vlm_jax.launch --processes 2 -- python -m vlm_jax.train --config FILE "
-                          "--workdir DIR.")
+    if unknown or not command:
+        raise ConfigError(f"{unknown[0] if unknown else 'nothing to run'}: launch needs its command after --, for example: "
+                          "python -m vlm_jax.launch --processes 2 -- python -m vlm_jax.train --config FILE --workdir DIR.")
     resume = shlex.join(["python", "-m", "vlm_jax.launch", *arguments])
     return launch(command, options.processes, options.devices_per_process, options.restarts, options.heartbeat, resume)
 
