@@ -16,6 +16,7 @@ from typing import Any
 from jaxtyping import Int64
 import numpy as np
 
+from vlm_jax import faults
 from vlm_jax.data.buffers import Buffers
 from vlm_jax.data.problems import reason_of
 from vlm_jax.data.sources import Source
@@ -183,6 +184,7 @@ class BatchReader:
             place = number * self._batch_size + self._first + row
             rng = np.random.default_rng((self._seed, place)) if self._augment else None
             try:
+                faults.point("data.record")
                 example = self._processor(self._source[index], rng)
             except (DataError, OSError) as error:
                 report.append((reason_of(error) if isinstance(error, DataError) else "file_unreadable", self._name(index, error)))

@@ -30,7 +30,10 @@ def linear_probe(predictor: Any, folder: str | os.PathLike, source: Mapping[str,
         raise DataError("linear_probe.train has one class only; a probe needs two.")
     mean, deviation = x.mean(axis=0), x.std(axis=0) + 1e-6
     x, x_valid, x_test = ((part - mean) / deviation for part in (x, x_valid, x_test))
-    scores = [float(np.mean(_fit(x, y, strength, iterations).predict(x_valid) == y_valid)) for strength in strengths]
+    scores = []
+    for strength in strengths:
+        records.progress(predictor)
+        scores.append(float(np.mean(_fit(x, y, strength, iterations).predict(x_valid) == y_valid)))
     strength = strengths[int(np.argmax(scores))]
     model = _fit(np.concatenate([x, x_valid]), np.concatenate([y, y_valid]), strength, iterations)
     answers = model.predict(x_test)
@@ -46,7 +49,7 @@ def score_predictions(path: str | os.PathLike) -> dict[str, float]:
 
 
 def _features(predictor: Any, settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    data, rows, _ = records.read(settings)
+    data, rows, _ = records.read(settings, predictor)
     for row in rows:
         if not isinstance(row.get("label"), (int, np.integer)):
             raise DataError(f"{data.describe(row['index'])}: it has no integer label; a linear probe needs one.")

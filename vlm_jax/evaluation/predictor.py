@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Float
 import numpy as np
 
+from vlm_jax import faults
 from vlm_jax.errors import ConfigError
 
 
@@ -18,12 +19,17 @@ class Predictor:
       processor: the preprocessing that they were trained with.
       mesh: the devices that share a batch; None is one device.
       batch_size: examples at a time; the last batch is padded, so that only one size is ever compiled. Results do not depend on it beyond rounding.
+      on_progress: called before every batch, and by evaluators before every record that they read; what it raises ends the evaluation.
+
+    With several processes each goes through all examples and computes its rows of a batch; every process gets all embeddings, each example once.
     """
 
-    def __init__(self, model: Any, params: Any, processor: Any, mesh: jax.sharding.Mesh | None = None, batch_size: int = 64):
+    def __init__(self, model: Any, params: Any, processor: Any, mesh: jax.sharding.Mesh | None = None, batch_size: int = 64,
+                 on_progress: Callable[[], None] | None = None):
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be at least 1.")
         self.model, self.params, self.processor, self.mesh = model, params, processor, mesh
+        self.on_progress = on_progress or (lambda: None)
         shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // shards) * shards
         self._compiled: dict[str, Callable] = {}
@@ -43,13 +49,16 @@ class Predictor:
     def _run(self, which: str, examples: Iterable[np.ndarray]) -> np.ndarray:
         parts = []
         for batch, count in padded_batches(examples, self.batch_size):
+            self.on_progress()
+            faults.point("evaluation.predict")
             if self.mesh is not None:
                 from vlm_jax.sharding.mesh import batch_sharding
                 batch = jax.make_array_from_callback(batch.shape, batch_sharding(self.mesh), lambda index, batch=batch: batch[index])
-            parts.append(np.asarray(self._function(which)(self.params, batch))[:count])
+            parts.append(np.asarray(self.function(which)(self.params, batch))[:count])
         return np.concatenate(parts) if parts else np.zeros((0, self.model.embed_dim), np.float32)
 
-    def _function(self, which: str) -> Callable:
+    def function(self, which: str) -> Callable:
+        """Returns the jitted (params, batch) -> [B, D] float32 of "image", "text" or "features"."""
         if which not in self._compiled:
             def embed(params: Any, batch: Array) -> Array:
                 method = "encode_text" if which == "text" else "encode_image"

@@ -1,9 +1,11 @@
 """What all evaluators share: reading a source's records, and writing metrics and predictions."""
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+import contextlib
 import json
 import os
 from typing import Any
 
+from vlm_jax import faults
 from vlm_jax.data.decode import decode_image
 from vlm_jax.data.sources import build_source
 from vlm_jax.errors import DataError
@@ -11,10 +13,11 @@ from vlm_jax.errors import DataError
 THUMBNAIL = 96   # pixels of the pictures that an evaluator keeps to draw
 
 
-def read(settings: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]], int]:
+def read(settings: Mapping[str, Any], predictor: Any = None) -> tuple[Any, list[dict[str, Any]], int]:
     """Returns (source, its records, how many were left out because they cannot be read).
 
-    A record gets `index`, its place in the source. Pictures are decoded once, so that every later pass sees the same pixels.
+    A record gets `index`, its place in the source. Pictures are decoded once, so that every later pass sees the same pixels. The predictor's `on_progress`
+    is called before each record.
 
     Raises:
       DataError: if not one record can be read.
@@ -22,6 +25,7 @@ def read(settings: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]], int]:
     source = build_source(settings)
     records, problems = [], []
     for index in range(len(source)):
+        progress(predictor)
         try:
             record = dict(source[index])
             record["image"] = decode_image(record["image"], source.describe(index))
@@ -36,6 +40,11 @@ def read(settings: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]], int]:
     return source, records, len(problems)
 
 
+def progress(predictor: Any) -> None:
+    """Calls the predictor's `on_progress`, where it has one: before whatever takes long."""
+    getattr(predictor, "on_progress", lambda: None)()
+
+
 def thumbnail(image: Any):
     """Returns a picture of at most THUMBNAIL pixels a side, as PIL."""
     from PIL import Image
@@ -45,15 +54,31 @@ def thumbnail(image: Any):
 
 
 def write(folder: str | os.PathLike, metrics: Mapping[str, float], predictions: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Writes metrics.json and predictions.jsonl into `folder`; returns the metrics as plain floats."""
-    os.makedirs(folder, exist_ok=True)
+    """Writes metrics.json and predictions.jsonl into `folder`; returns the metrics as plain floats. On a pod, process 0 writes."""
     metrics = {name: float(value) for name, value in metrics.items()}
-    with open(os.path.join(folder, "predictions.jsonl"), "w", encoding="utf-8") as file:
-        for prediction in predictions:
-            file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
-    with open(os.path.join(folder, "metrics.json"), "w", encoding="utf-8") as file:
-        json.dump(metrics, file, indent=1)
+    with writing(folder) as writes:
+        if writes:
+            faults.point("evaluation.write")
+            os.makedirs(folder, exist_ok=True)
+            with open(os.path.join(folder, "predictions.jsonl"), "w", encoding="utf-8") as file:
+                for prediction in predictions:
+                    file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+            with open(os.path.join(folder, "metrics.json"), "w", encoding="utf-8") as file:
+                json.dump(metrics, file, indent=1)
     return metrics
+
+
+@contextlib.contextmanager
+def writing(folder: str | os.PathLike) -> Iterator[bool]:
+    """Whether this process writes an evaluation's files (process 0 does). Where the disk refuses inside, a warning is printed: the metrics are still good."""
+    import jax
+    if jax.process_index() != 0:
+        yield False
+        return
+    try:
+        yield True
+    except OSError as error:
+        print(f"warning: {folder}: files of the evaluation cannot be written ({error.strerror or error}); its metrics are logged all the same.", flush=True)
 
 
 def read_predictions(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ def retrieval(predictor: Any, folder: str | os.PathLike, source: Mapping[str, An
     Raises:
       DataError: if no record can be read or none has a text.
     """
-    data, rows, _ = records.read(source)
+    data, rows, _ = records.read(source, predictor)
     groups = np.unique([str(row.get("group", f"record {row['index']}")) for row in rows], return_inverse=True)[1]
     images = predictor.embed_images([row["image"] for row in rows])
     metrics, predictions, shown = {"pictures": len(rows)}, [], None
@@ -51,10 +51,12 @@ def retrieval(predictor: Any, folder: str | os.PathLike, source: Mapping[str, An
     if languages:
         metrics.update(_means(metrics, languages))
     metrics = records.write(folder, metrics, predictions)
-    thumbnails = {row["index"]: records.thumbnail(row["image"]) for row in rows}
-    pictures.text_to_image(os.path.join(folder, "text_to_image.png"), shown["text_to_image"][1], thumbnails)
-    pictures.image_to_text(os.path.join(folder, "image_to_text.png"), shown["image_to_text"][1], thumbnails)
-    pictures.recall_curve(os.path.join(folder, "recall_curve.png"), {direction: ranks for direction, (ranks, _) in shown.items()}, len(rows))
+    with records.writing(folder) as writes:
+        if writes:
+            thumbnails = {row["index"]: records.thumbnail(row["image"]) for row in rows}
+            pictures.text_to_image(os.path.join(folder, "text_to_image.png"), shown["text_to_image"][1], thumbnails)
+            pictures.image_to_text(os.path.join(folder, "image_to_text.png"), shown["image_to_text"][1], thumbnails)
+            pictures.recall_curve(os.path.join(folder, "recall_curve.png"), {direction: ranks for direction, (ranks, _) in shown.items()}, len(rows))
     return metrics
 
 

@@ -31,7 +31,7 @@ def zero_shot(predictor: Any, folder: str | os.PathLike, source: Mapping[str, An
     for template in templates:
         if template.count("{}") != 1:
             raise ConfigError(f'templates: "{template}" must hold {{}} once, where the class name goes.')
-    data, rows, _ = records.read(source)
+    data, rows, _ = records.read(source, predictor)
     names = list(class_names or getattr(data, "class_names", None) or ())
     if len(names) < 2:
         raise ConfigError(f"{data.name} has no class names; give class_names, a list of at least two.")
@@ -49,9 +49,11 @@ def zero_shot(predictor: Any, folder: str | os.PathLike, source: Mapping[str, An
                     "answers": [{"label": int(i), "class": names[i], "score": round(float(score[i]), 6)} for i in best]}
                    for row, place, best, score in zip(rows, ranks, order, scores)]
     metrics = records.write(folder, {**accuracy(labels, ranks), "pictures": len(rows), "classes": len(names)}, predictions)
-    thumbnails = {row["index"]: records.thumbnail(row["image"]) for row in rows[:pictures.QUERIES]}
-    pictures.classified(os.path.join(folder, "classified.png"), predictions, thumbnails)
-    pictures.confusion(os.path.join(folder, "confusion.png"), labels, order[:, 0], names)
+    with records.writing(folder) as writes:
+        if writes:
+            thumbnails = {row["index"]: records.thumbnail(row["image"]) for row in rows[:pictures.QUERIES]}
+            pictures.classified(os.path.join(folder, "classified.png"), predictions, thumbnails)
+            pictures.confusion(os.path.join(folder, "confusion.png"), labels, order[:, 0], names)
     return metrics
 
 

@@ -1,4 +1,5 @@
 """A file that grows: appended on a local disk, rewritten from memory now and then on object stores, which cannot append."""
+import errno
 import os
 import time
 from typing import Any
@@ -35,12 +36,23 @@ class AppendFile:
             self._file = open(path, "ab", buffering=0)     # closed by close(); unbuffered: a kill loses nothing written
 
     def write(self, data: bytes) -> None:
-        """Adds `data` at the end."""
+        """Adds `data` at the end, as a whole or, where that raises an OSError, not at all."""
         if not self._remote:
-            self._file.write(data)
+            size = os.fstat(self._file.fileno()).st_size
+            try:
+                if self._file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                self._file.truncate(size)
+                raise
             return
         self._content += data
         if time.monotonic() - self._written_at > _REWRITE_SECONDS:
+            self._rewrite()
+
+    def flush(self) -> None:
+        """Makes sure that all is written, so that a kill loses nothing."""
+        if self._remote:
             self._rewrite()
 
     def close(self) -> None:

@@ -30,13 +30,16 @@ CONFIG_KEYS: dict[str, Any] = {
     "task": REQUIRED,
     "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
     "sharding": None,   # [[regex, tactic], ...]; None: the rules of vlm_jax.sharding
+    "topology": None,   # what mesh and sharding were made for, as v5e-256; other devices are taken as well where the mesh fits them
     "dtypes": {"params": "float32", "compute": "float32", "softmax": "float32"},
     "stages": REQUIRED,
     "evaluations": {},
-    "checkpoint": {"every": 1000, "keep": 2},
+    "checkpoint": {"every": 1000, "minutes": None, "keep": 2, "keep_every": None, "keep_hours": None},
     "log_every": 10,
+    "guard": {"nonfinite": "stop", "spike": None, "in_a_row": 10},
+    "watchdog": {"seconds": 1800},
 }
-SECTIONS = ("model", "processor", "task", "mesh", "dtypes", "evaluations", "checkpoint")   # the keys above that hold a mapping
+SECTIONS = ("model", "processor", "task", "mesh", "dtypes", "evaluations", "checkpoint", "guard", "watchdog")   # the keys above that hold a mapping
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml.ConfigDict:
@@ -236,13 +239,21 @@ def _with_defaults(values: dict, *, complete: bool) -> dict:
 
 
 def _check_sections(values: Mapping[str, Any]) -> None:
-    """Raises a ConfigError for dtypes, checkpoint or evaluations that cannot work."""
+    """Raises a ConfigError for dtypes, checkpoint, guard, watchdog or evaluations that cannot work."""
     for key, name in values["dtypes"].items():
         choose(dict.fromkeys(DTYPES), name, f"config.dtypes.{key}")
-    keep, every = values["checkpoint"].get("keep"), values["checkpoint"].get("every")
-    for key, value in (("keep", keep), ("every", every)):
-        if not (type(value) is int and value >= 1 or (key == "every" and value is None)):
-            raise ConfigError(f"config.checkpoint.{key} is {value!r}; it must be an integer of at least 1{', or None' if key == 'every' else ''}.")
+    from vlm_jax.training.guard import read_guard
+    for key, kind in (("keep", int), ("every", int), ("keep_every", int), ("minutes", float), ("keep_hours", float)):
+        value, optional = values["checkpoint"].get(key), key != "keep"
+        whole = kind is int
+        right = type(value) is int and value >= 1 if whole else type(value) in (int, float) and value > 0
+        if not (right or optional and value is None):
+            raise ConfigError(f"config.checkpoint.{key} is {value!r}; it must be {'an integer of at least 1' if whole else 'a positive number'}"
+                              f"{', or None' if optional else ''}.")
+    read_guard(values["guard"], "config.guard")
+    seconds = values["watchdog"]["seconds"]
+    if seconds is not None and (type(seconds) not in (int, float) or not seconds > 0):
+        raise ConfigError(f"config.watchdog.seconds is {seconds!r}; it must be a positive number, or None for no watchdog.")
     for name, settings in values["evaluations"].items():
         where = f"config.evaluations.{name}"
         if not isinstance(settings, dict) or "evaluator" not in settings:

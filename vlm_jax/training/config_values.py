@@ -90,13 +90,19 @@ def section_keys(path: Sequence[str], config: Mapping[str, Any]) -> list[str] | 
     from vlm_jax.training.stages import ACCUMULATE_KEYS, EMA_KEYS, INIT_FROM_KEYS, STAGE_KEYS
     match list(path):
         case ["mesh"] | ["stages", _, "mesh"]:
-            return ["data", "fsdp", "tensor", "sequence", "expert"]
+            return ["data", "fsdp", "tensor", "sequence", "expert", "slices"]
         case ["processor"] | ["stages", _, "processor"]:
             return ["image", "text"]
         case ["dtypes"]:
-            return ["params", "compute", "softmax"]
+            return ["params", "compute", "softmax", "frozen"]
         case ["checkpoint"]:
-            return ["every", "keep"]
+            return ["every", "minutes", "keep", "keep_every", "keep_hours"]
+        case ["guard"]:
+            return ["nonfinite", "spike", "in_a_row"]
+        case ["guard", "spike"]:
+            return ["window", "sigmas", "action"]
+        case ["watchdog"]:
+            return ["seconds"]
         case ["stages", _]:
             return list(STAGE_KEYS)
         case ["stages", index, ("optimizer" | "schedule") as section]:

@@ -10,7 +10,13 @@ from vlm_jax.evaluation import evaluate
 
 def due(settings: Mapping[str, Any], step: int, last: int) -> bool:
     """Returns whether an evaluation runs at `step`: every `every` steps and at the last one."""
-    return step == last or (settings.get("every") is not None and step % settings["every"] == 0)
+    return step == last or (step > 0 and settings.get("every") is not None and step % settings["every"] == 0)
+
+
+def owed(evaluations: Mapping[str, Mapping[str, Any]], step: int, last: int, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the evaluations that are due at `step` and of which `rows` of the metrics hold no result: those that an interruption left undone."""
+    done = {row.get("name") for row in rows if row["kind"] == "eval" and row["step"] == step}
+    return [name for name, settings in evaluations.items() if due(settings, step, last) and name not in done]
 
 
 def evaluate_all(evaluations: Mapping[str, Mapping[str, Any]], predictor, workdir: str | os.PathLike, step: int,

@@ -84,7 +84,7 @@ class Parts:
         return jax.jit(lambda p: make_state(self.task, self.optimizer, self.stage.ema, p, self.guard), out_shardings=shardings)(params)
 
 
-def make_state(task, optimizer: Optimizer, ema: Mapping | None, params, guard: Guard = Guard()) -> dict:
+def make_state(task, optimizer: Optimizer, ema: Mapping | None, params, guard: Guard) -> dict:
     """Returns {"params", "optimizer", "task", "guard"} and, where the stage keeps a moving average, "ema"."""
     state = {"params": params, "optimizer": optimizer.init(params), "task": task.initial_state(), "guard": guard.init()}
     if ema:
@@ -162,7 +162,7 @@ def place(abstract: Mapping[str, Any], mesh: jax.sharding.Mesh, rules=None) -> d
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
 
 
-def make_step(task, optimizer: Optimizer, stage: Stage, abstract_state, seed: int, first: int, guard: Guard = Guard()) -> Callable:
+def make_step(task, optimizer: Optimizer, stage: Stage, abstract_state, seed: int, first: int, guard: Guard) -> Callable:
     """Returns the jitted training step (state, batch, number) -> (state, metrics).
 
     `number` counts the steps of the whole run; random keys are folded from it, so that a resumed run draws what the undisturbed one draws. A step that the

@@ -45,6 +45,10 @@ class TensorBoardWriter:
         if summary:
             self._record(_varint_field(_STEP, step) + _bytes(_SUMMARY, summary), time.time())
 
+    def flush(self) -> None:
+        """Makes sure that a kill loses nothing."""
+        self._file.flush()
+
     def close(self) -> None:
         """Closes the file; may be called twice."""
         self._file.close()
