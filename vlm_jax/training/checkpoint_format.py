@@ -86,9 +86,21 @@ def read_meta(path: Any) -> dict[str, Any]:
         raise Damaged("meta/metadata does not match its checksum")
     if version != SCHEMA_VERSION:
         raise CheckpointError(f"{path}: has schema version {version}, this program reads {SCHEMA_VERSION}; use the version of vlm_jax that wrote it.")
+    if not _well_formed(meta):
+        raise Damaged("meta/metadata does not describe a checkpoint")
     if str(meta["step"]) != path.name:
         raise Damaged(f"it is a copy of step {meta['step']}")
     return meta
+
+
+def _well_formed(meta: dict[str, Any]) -> bool:
+    """Whether the metadata have the fields and types that `describe` writes, so that reading on need not fear a KeyError or a shape of NaN."""
+    try:
+        return isinstance(meta["step"], int) and isinstance(meta["saved_at"], (int, float)) and isinstance(meta["metadata"], dict) and all(
+            isinstance(leaf["digest"], str) and isinstance(leaf["shape"], list) and all(isinstance(size, int) and size >= 0 for size in leaf["shape"])
+            and jnp.dtype(leaf["dtype"]) is not None for leaf in meta["leaves"].values())
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def compare(wanted: Mapping[str, Any], stored: Mapping[str, Any], where: Any) -> None:

@@ -211,7 +211,7 @@ class Checkpoints:
         """(`read(path)`, its step) of the newest step that does not prove damaged, or of `step`. What a trainer deletes meanwhile is not damaged."""
         damages: dict[int, str] = {}
         for _ in range(_RETRIES):
-            for candidate in self._candidates(step):
+            for candidate in self.candidates(step):
                 path = self.folder / str(candidate)
                 if candidate in damages:
                     continue
@@ -235,7 +235,8 @@ class Checkpoints:
                 break
         raise _nothing_sound(self.folder, damages)
 
-    def _candidates(self, step: int | None) -> list[int]:
+    def candidates(self, step: int | None = None) -> list[int]:
+        """The steps to try, newest first, or the given one. Raises a CheckpointError where there is none."""
         present = self.steps()
         if step is not None and step not in present:
             raise CheckpointError(f"{self.folder}: there is no checkpoint of step {step}; there are: {', '.join(map(str, present)) or 'none'}.")
@@ -286,12 +287,12 @@ def restore_parameters(workdir: Any, step: int | None = None, which: str | None 
       DamagedCheckpoint: the given step, or every step, is damaged.
       CheckpointError: there is no checkpoint, or it has no such part.
     """
-    folder = _steps_folder(workdir)
+    folder = steps_folder(workdir)
     checkpoints = Checkpoints(folder)
     deadline = time.monotonic() + wait_seconds
     while time.monotonic() < deadline and checkpoints.latest() is None:
         time.sleep(_POLL_SECONDS)
-        checkpoints.folder = _steps_folder(workdir)
+        checkpoints.folder = steps_folder(workdir)
 
     def read(path: Any) -> dict[str, Any]:
         stored = read_meta(path)["leaves"]
@@ -303,7 +304,8 @@ def restore_parameters(workdir: Any, step: int | None = None, which: str | None 
     return checkpoints._newest_sound(read, step)
 
 
-def _steps_folder(workdir: Any) -> Any:
+def steps_folder(workdir: Any) -> Any:
+    """`workdir/checkpoints` where there is one, else `workdir` itself, as an `epath.Path`."""
     folder = storage.path_of(workdir)
     return folder / "checkpoints" if storage.exists(folder / "checkpoints") else folder
 

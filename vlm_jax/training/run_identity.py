@@ -45,15 +45,20 @@ def check(there: Mapping[str, Any] | None, here: Mapping[str, Any], where: str) 
     """Raises one CheckpointError with the +/- lines where the identity `there`, in a checkpoint, is not the one `here`. None (not stored) passes."""
     if there is None:
         return
-    stored, current = _flat(there), _flat(here)
-    if "processor.digest" not in current or "processor.digest" not in stored:
-        for table in (stored, current):
-            table.pop("processor.digest", None)
-    lines = difference(stored, current)
+    lines = lines_between(there, here)
     if lines:
         sections = sorted({line[2:].split(".")[0].split(":")[0] for line in lines})
         raise CheckpointError(f"{where}: checkpoint of another run: {', '.join(sections)} differ (- there, + here); use the config it was trained with, "
                               f"choose another --workdir, or start a new run with init_from.{shown(lines)}")
+
+
+def lines_between(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The +/- lines between two identities; a processor's digest counts where both have one."""
+    stored, current = _flat(there), _flat(here)
+    if "processor.digest" not in current or "processor.digest" not in stored:
+        for table in (stored, current):
+            table.pop("processor.digest", None)
+    return difference(stored, current)
 
 
 def check_same_run(config: Mapping[str, Any], workdir: str | os.PathLike) -> None:
