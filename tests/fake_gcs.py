@@ -200,6 +200,8 @@ class FakeGcsFileSystem(AbstractFileSystem):
 
     def info(self, path, **_):
         path = self._strip_protocol(path).rstrip("/")
+        if "/" not in path:
+            return {"name": path, "size": 0, "type": "directory"}
         try:
             found = json.loads(self._request("GET", self._object(path)))
             return {"name": path, "size": int(found["size"]), "type": "file"}
