@@ -41,7 +41,8 @@ def build(name: str, preset: str, *, dtypes: Mapping[str, str] | None = None, **
 
     Args:
       name, preset: `families()` and `presets(name)`.
-      dtypes: the config's section `{"params", "compute", "softmax"}`, each a dtype's name; float32 where it is silent.
+      dtypes: the config's section `{"params", "compute", "softmax", "frozen"}`, each a dtype's name; float32 where it is silent. The last is how training
+        stores what it does not train, and nothing to the model.
       overrides: settings of the model, merged into the preset: `text=dict(length=28)` changes one setting of the text tower. A `variant` replaces
         the sizes that the preset gives.
     Returns:
@@ -56,9 +57,9 @@ def build(name: str, preset: str, *, dtypes: Mapping[str, str] | None = None, **
     return model
 
 
-def _dtypes(params: str | None = None, compute: str | None = None, softmax: str | None = None) -> dict[str, str]:
+def _dtypes(params: str | None = None, compute: str | None = None, softmax: str | None = None, frozen: str | None = None) -> dict[str, str]:
     given = {"param_dtype": params, "dtype": compute, "softmax_dtype": softmax}
-    for value in given.values():
+    for value in (*given.values(), frozen):
         if value not in (None, "float32", "bfloat16", "float16", "float64"):
             raise ConfigError(f'dtypes: "{value}" is not a float type; choose "float32" or "bfloat16".')
     return {key: value for key, value in given.items() if value is not None}

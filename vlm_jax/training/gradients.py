@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 from vlm_jax.errors import ConfigError
 from vlm_jax.losses.cached import cached_value_and_gradients, split_rows
 from vlm_jax.settings import call
+from vlm_jax.training.trees import flatten, unflatten
 
 
 def total_loss(terms: Mapping[str, tuple[Any, Any]], weights: Mapping[str, Any] | None = None) -> Float[Array, ""]:
@@ -20,8 +21,11 @@ def total_loss(terms: Mapping[str, tuple[Any, Any]], weights: Mapping[str, Any] 
     return total
 
 
-def value_and_gradients(task: Any, accumulate: Mapping[str, Any] | None = None, where: str = "accumulate") -> Callable:
+def value_and_gradients(task: Any, accumulate: Mapping[str, Any] | None = None, where: str = "accumulate", rules: Any = None) -> Callable:
     """Returns `function(params, state, batch, rng, step) -> ((loss, state, metrics), gradients)` for a task.
+
+    With the stage's `rules` the gradient is that of the trained parameters alone. Wholly frozen ones are constants of the differentiation: a tower of them
+    runs once, outside rematerialisation, and keeps no activation.
 
     Args:
       task: has `loss(params, state, batch, rng, step) -> ({term: (sum, weight)}, state, metrics)`; the loss is the sum over terms of sum / weight.
@@ -38,12 +42,39 @@ def value_and_gradients(task: Any, accumulate: Mapping[str, Any] | None = None, 
     if cached and not compares:
         raise ConfigError(f"{where}.cached=True is for contrastive tasks; the loss of {type(task).__name__} is a sum over examples: "
                           "set cached=False.")
-    if micro_batches == 1:
-        return _whole(task)
-    if compares and not cached:
+    if micro_batches > 1 and compares and not cached:
         raise ConfigError(f"{where}: the loss of {type(task).__name__} compares the examples of a batch, so the sum over micro-batches is another "
                           f"loss with fewer negatives; set accumulate=dict(micro_batches={micro_batches}, cached=True) for gradient caching.")
-    return _cached(task, micro_batches) if cached else _summed(task, micro_batches)
+    def of(task: Any) -> Callable:
+        if micro_batches == 1:
+            return _whole(task)
+        return _cached(task, micro_batches) if cached else _summed(task, micro_batches)
+    if rules is None:
+        return of(task)
+
+    def function(params, state, batch, rng, step):
+        trained, frozen = rules.split(params)
+        return of(_Trained(task, frozen))(trained, state, batch, rng, step)
+    return function
+
+
+class _Trained:
+    """A task whose parameters are those that are trained; the frozen ones are constants."""
+
+    def __init__(self, task: Any, frozen: Any):
+        self.task, self.frozen = task, jax.lax.stop_gradient(flatten(frozen))
+
+    def _all(self, trained: Any) -> dict:
+        return unflatten({**flatten(trained), **self.frozen})
+
+    def loss(self, params, *arguments):
+        return self.task.loss(self._all(params), *arguments)
+
+    def embed(self, params, *arguments):
+        return self.task.embed(self._all(params), *arguments)
+
+    def loss_from_embeddings(self, params, *arguments):
+        return self.task.loss_from_embeddings(self._all(params), *arguments)
 
 
 def accumulation(micro_batches: int, cached: bool = False) -> tuple[int, bool]:

@@ -6,6 +6,10 @@ Weight decay is decoupled from the gradient's statistics in all of them. What it
     "schedule"        parameter -= lr(step) / peak * weight_decay * parameter      as in big_vision (SigLIP's 1e-4), whatever the peak
 
 A rule's `lr` factor multiplies the first kind of decay, and does not touch the second; its `weight_decay` factor multiplies both.
+
+What an optimiser remembers may be kept in bfloat16, half the bytes: `momentum_dtype` of all of them and `second_moment_dtype` of AdamW. The means of
+AdamW and Lion, which move by a hundredth or a thousandth a step, are rounded stochastically (`rounding.py`); the momenta of Adafactor and SGD, which move by a
+tenth, to the nearest, as in big_vision. Every step is computed in float32.
 """
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -19,6 +23,7 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.settings import call, choose
 from vlm_jax.training.factored import scale_by_factored_rms
 from vlm_jax.training.gradients import clip_by_global_norm
+from vlm_jax.training.rounding import kept_in
 from vlm_jax.training.schedules import Schedule, build_schedule
 from vlm_jax.training.stages import Rules
 from vlm_jax.training.trees import flatten, is_stacked, unflatten
@@ -38,9 +43,10 @@ class Method:
 
 
 def adamw(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0, decay_by: str = "learning_rate",
-          decay_embeddings: bool = False, momentum_dtype: str = "float32") -> Method:
+          decay_embeddings: bool = False, momentum_dtype: str = "float32", second_moment_dtype: str = "float32") -> Method:
     """AdamW. Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2."""
-    return Method(optax.scale_by_adam(b1, b2, eps, mu_dtype=_dtype(momentum_dtype)), weight_decay, decay_by, decay_embeddings)
+    direction = kept_in(optax.scale_by_adam(b1, b2, eps), {"mu": _dtype(momentum_dtype), "nu": _dtype(second_moment_dtype)})
+    return Method(direction, weight_decay, decay_by, decay_embeddings)
 
 
 def adafactor(b1: float | None = 0.9, decay_rate: float = 0.8, decay_cap: float = 0.999, eps: float = 1e-30, min_dim_factored: int = 32,
@@ -60,7 +66,7 @@ def adafactor(b1: float | None = 0.9, decay_rate: float = 0.8, decay_cap: float 
 def lion(b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0, decay_by: str = "learning_rate", decay_embeddings: bool = False,
          momentum_dtype: str = "float32") -> Method:
     """Lion: the sign of an interpolated momentum. Chen et al., "Symbolic Discovery of Optimization Algorithms" (2023), algorithm 2."""
-    return Method(optax.scale_by_lion(b1, b2, mu_dtype=_dtype(momentum_dtype)), weight_decay, decay_by, decay_embeddings)
+    return Method(kept_in(optax.scale_by_lion(b1, b2), {"mu": _dtype(momentum_dtype)}), weight_decay, decay_by, decay_embeddings)
 
 
 def sgd(momentum: float | None = 0.9, nesterov: bool = False, weight_decay: float = 0.0, decay_by: str = "learning_rate",
@@ -90,7 +96,7 @@ def check_settings(settings: Mapping[str, Any], where: str = "optimizer") -> Met
     decay = settings.get("weight_decay", 0.0)
     if isinstance(decay, bool) or not isinstance(decay, (int, float)) or decay < 0:
         raise ConfigError(f"{where}.weight_decay is {decay!r}; it must be a number of at least 0.")
-    for key, choices in (("decay_by", DECAY_BY), ("momentum_dtype", DTYPES)):
+    for key, choices in (("decay_by", DECAY_BY), ("momentum_dtype", DTYPES), ("second_moment_dtype", DTYPES)):
         if key in settings:
             choose(dict.fromkeys(choices), settings[key], f"{where}.{key}")
     return call(function, settings, where)

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import ConfigError, did_you_mean
@@ -232,6 +233,11 @@ class Rules:
         """Returns the part of a tree of parameters whose leaves move, wholly or by layers."""
         return unflatten({path: leaf for path, leaf in flatten(tree).items() if self.leaves[path].moves})
 
+    def split(self, tree: Any) -> tuple[dict, dict]:
+        """Returns (the part whose leaves move, the wholly frozen part) of a tree of parameters."""
+        table = flatten(tree)
+        return tuple(unflatten({path: leaf for path, leaf in table.items() if self.leaves[path].moves is moves}) for moves in (True, False))
+
     def frozen_paths(self) -> list[str]:
         """Returns the paths of the wholly frozen parameters."""
         return [path for path, leaf in self.leaves.items() if not leaf.moves]
@@ -249,6 +255,28 @@ class Rules:
             lines.append((pattern, trains, f"{tensors:,}", f"{count:,}"))
         widths = [max(len(line[column]) for line in lines) for column in range(4)]
         return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in lines)
+
+
+def store_frozen(params: Any, rules: Rules, dtype: str | None, later: Sequence[Stage] = ()) -> Any:
+    """Returns `params` with wholly frozen matrices and tables in `dtype` (the config's `dtypes.frozen`; None leaves all as they are).
+
+    Vectors and scalars (norms, temperatures) keep their dtype: they take no memory, and are computed with in float32. A parameter that one of the `later`
+    stages trains keeps it too, so that nothing that is ever trained is rounded first.
+    """
+    if dtype is None:
+        return params
+    coming = [read_rules(stage.train, f"stages[{stage.index}].train") for stage in later]
+
+    def moves_later(path: str, shape: tuple[int, ...]) -> bool:
+        return any(next((settings is not None for pattern, settings in rules if pattern.fullmatch(virtual)), True)
+                   for rules in coming for virtual in virtual_paths(path, shape))
+
+    stored = {}
+    for path, leaf in flatten(params).items():
+        matrix = leaf.ndim - is_stacked(path) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+        frozen = matrix and not rules.leaves[path].moves and not moves_later(path, leaf.shape)
+        stored[path] = leaf.astype(dtype) if frozen else leaf
+    return unflatten(stored)
 
 
 def _leaf_rule(winners: Sequence[int], settings: Sequence[Multipliers | None], shape: tuple[int, ...], stacked: bool) -> LeafRule:
