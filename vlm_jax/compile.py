@@ -17,7 +17,7 @@ def run(arguments: Sequence[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(prog="python -m vlm_jax.compile", description=__doc__.splitlines()[0], allow_abbrev=False,
                                      epilog="Any value of the config: --config.mesh.fsdp=8 --config.model.remat=full")
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the config file, with its argument after a colon")
-    parser.add_argument("--topology", default="local", metavar="NAME", help="v5e-256, v5p:8x8x16, v5e:16x16*4, cpu-8, local (the default)")
+    parser.add_argument("--topology", metavar="NAME", help="v5e-256, v5p:8x8x16, v5e:16x16*4, cpu-8, local; by default the config's, or local")
     parser.add_argument("--what", default="train", metavar="NAMES", help="train, evaluate, or both with a comma")
     parser.add_argument("--stage", type=int, default=1, help="the stage of the config, counted from 1")
     parser.add_argument("--batch", type=int, help="rows of a global batch, instead of the config's")
@@ -30,9 +30,10 @@ def run(arguments: Sequence[str] | None = None) -> list[dict]:
     if options.batch is not None and options.batch < 1:
         raise ConfigError(f"--batch {options.batch}: give at least 1.")
     config = apply_overrides(load_config(options.config), overrides)
+    topology = options.topology or config.get("topology") or "local"
     found = []
     for what in options.what.split(","):
-        for one in analyse(config, options.topology, what.strip(), options.stage - 1, options.quick, options.batch):
+        for one in analyse(config, topology, what.strip(), options.stage - 1, options.quick, options.batch):
             print(("\n" if found else "") + table(one), flush=True)
             found.append(one)
     if options.json:

@@ -117,8 +117,8 @@ def compile_programs(config: Mapping[str, Any], topology: str | Topology, jobs: 
         log = Path(folder) / "log.txt"
         with log.open("wb") as stream:
             try:
-                done = subprocess.run([sys.executable, "-m", "vlm_jax.analysis.program", str(request), str(answer)], env=_environment(target), stdout=stream,
-                                      stderr=subprocess.STDOUT, timeout=timeout, check=False)
+                command = [sys.executable, "-m", "vlm_jax.analysis.program", str(request), str(answer)]
+                done = subprocess.run(command, env=child_environment(target), stdout=stream, stderr=subprocess.STDOUT, timeout=timeout, check=False)
             except subprocess.TimeoutExpired:
                 raise VlmError(f"compiling for {name} took more than {timeout:.0f} s and was stopped; allow more time, or compile a smaller mesh.") from None
         text = log.read_text(errors="replace")
@@ -153,7 +153,7 @@ class _standard_error:
         sys.stderr.write(self.text)
 
 
-def _environment(target: Topology) -> dict[str, str]:
+def child_environment(target: Topology) -> dict[str, str]:
     """The child's environment: absent TPUs are compiled for on the CPU, simulated devices have to be asked for."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [environment.get("PYTHONPATH")])])
