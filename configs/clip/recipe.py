@@ -26,7 +26,7 @@ def pairs(name: str, preset: str, size: int, peak: float, parameters: int, arg, 
     else:
         source = dict(name="tar", path=arg.shards)
         tokenizer = {"clip": arg.tokenizer}
-        config.model = dict(name="clip", preset=preset)
+        config.model = dict(name="clip", preset=preset, remat="none" if "b32" in preset else "full")   # 16 GB a chip: experiments/topologies
         length = 77
     text = [["lowercase", {}], ["tokenize", {"tokenizer": tokenizer, "length": length, "bos": not test, "eos": "sticky"}]]   # ours have no bos
     crop = [["decode", {}], ["resize_shortest", {"size": size, "method": "bicubic"}], ["random_crop", {"size": size}], *CLIP_VALUES]

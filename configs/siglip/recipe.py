@@ -28,7 +28,7 @@ def webli(name: str, family: str, preset: str, size: int, length: int, parameter
         text = [["canonicalize" if canonical else "lowercase", {}], ["tokenize", {"tokenizer": tokenizer, "length": length, "eos": "sticky"}]]
     else:
         source = dict(name="tar", path=arg.shards)
-        config.model = dict(name=family, preset=preset)
+        config.model = dict(name=family, preset=preset, remat="full")   # 128 pairs a chip in 16 GB: experiments/topologies
         text = loaded_text(arg.tokenizer, length, canonical=canonical)
     config.processor = dict(image=pictures(size), text=text)
     config.task = dict(name="contrastive", loss="sigmoid")

@@ -67,6 +67,8 @@ def test_buffers_that_are_large_or_grow():
     assert [row["shape"] for row in grown_buffers(big, small, 2, 2 ** 10)] == ["bf16[4096,64]"]
     assert [row["shape"] for row in global_batch_buffers(program(rows={"pairs": 4096}), big, 2 ** 10)] == ["bf16[4096,64]", "f32[16,4096]"]
     assert global_batch_buffers(program(rows={"pairs": 4096}, mesh={"data": 1}), big, 2 ** 10) == []
+    patches = module("bf16[4096,64]", "f32[256,16,64]")   # of 256 rows 16 patches each, on 16 devices: the dimension may be either
+    assert global_batch_buffers(program(rows={"pairs": 4096}), patches, 2 ** 10) == []
 
 
 def fake_compiler(fixed: int, slope: int, seen: list, bump: int = 0):

@@ -4,6 +4,7 @@ Figures of memory are XLA's own; those of traffic are counted in the optimised H
 its results once, loops as often as they run, and what the compiler keeps on the chip (VMEM of a TPU) costs nothing.
 """
 from collections.abc import Mapping
+from itertools import pairwise
 import os
 import re
 
@@ -86,13 +87,15 @@ def grown_buffers(program: Module, smaller: Module, factor: int, threshold: floa
 def global_batch_buffers(program: Program, module: Module, threshold: float) -> list[dict]:
     """Returns the buffers with a dimension of the size of a stream's global batch: what growing with it looks like in one program alone.
 
-    Only where a device has fewer rows than the batch, and no argument has a dimension of that size, is the size telling.
+    The size tells only where a device has fewer rows than the batch, no argument has a dimension of that size, and it is not the rows of a device times a
+    dimension that goes with them (128 rows of 256 patches are as many as 128 rows on each of 256 devices).
     """
     shards = _shards(program.mesh)
     if shards == 1:
         return []
     arguments = {size for one in module.computations[module.entry].values() if one.opcode == "parameter" for buffer in one.buffers for size in buffer.dims}
-    telling = {rows for rows in program.rows.values() if rows not in arguments and rows > 1}
+    pairs = {pair for name in module.runs() for one in module.computations[name].values() for buffer in one.buffers for pair in pairwise(buffer.dims)}
+    telling = {rows for rows in program.rows.values() if rows > 1 and rows not in arguments and (rows // shards, shards) not in pairs}
     return [row for row in large_buffers(module, threshold) if telling & set(_read(row["shape"])[1])]
 
 
