@@ -10,15 +10,15 @@ from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "steps=10,workers=0": steps of each of the two stages, worker processes of the loader."""
-    arg = parse_arg(arg, steps=10, workers=0)
+    """Returns the config; `arg` is "steps=6,workers=0": steps of each of the two stages, worker processes of the loader."""
+    arg = parse_arg(arg, steps=6, workers=0)
     train = dict(name="shapes", split="train", size=32)
     held_out = dict(name="shapes", split="heldout_pairs", size=32, limit=6)
     config = ml.ConfigDict()
     config.name = "kill_resume"
     config.seed = 7
     config.model = dict(name="siglip", preset="test", image=dict(dropout=0.1), text=dict(dropout=0.1))
-    config.processor = dict(image=pictures(24), text=trained_text(train, vocab_size=300, length=16))
+    config.processor = dict(image=pictures(24), text=trained_text(dict(train, limit=2000), vocab_size=300, length=16))
     config.task = dict(name="contrastive", loss="sigmoid")
     config.mesh = dict(data=1)
     augmented = dict(image=[["decode", {}], ["random_resized_crop", {"size": 24}], ["value_range", {"low": -1.0, "high": 1.0}]], text=config.processor.text)

@@ -9,6 +9,7 @@ import socket
 import struct
 import time
 
+from vlm_jax import storage
 from vlm_jax.training.append_file import AppendFile
 
 # Field numbers of tensorflow.Event, tensorflow.Summary(.Value) and tensorflow.SessionLog.
@@ -30,8 +31,10 @@ class TensorBoardWriter:
 
     def __init__(self, folder: str | os.PathLike, resume_from: int = 0):
         now = time.time()
-        # Names sort by time, which is the order TensorBoard reads them in; the process keeps two starts in one second apart.
-        name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        # TensorBoard reads the files in the order of their names, and a start takes back what was read before it: so the number counts on from the newest
+        # file, also where the clock was set back or two starts fall into one second.
+        numbers = [int(parts[3]) for name in storage.names(folder) if len(parts := name.split(".")) > 3 and parts[3].isdecimal()]
+        name = f"events.out.tfevents.{max(int(now), *(number + 1 for number in numbers), 0):010d}.{socket.gethostname()}.{os.getpid()}"
         self._file = AppendFile(os.path.join(os.fspath(folder), name))
         self._record(_bytes(_FILE_VERSION, b"brain.Event:2"), now)
         start = _varint_field(_SESSION_STATUS, _SESSION_START)
