@@ -36,8 +36,8 @@ def describe(config_file: str) -> str:
     shardings = parameter_shardings(mesh, shapes, config["sharding"])
     check_replicated(shapes, shardings)
     share, _ = replicated_share(shapes, shardings)
-    lines = [json.dumps(config, indent=1, sort_keys=True), "", f"{topology or 'eight devices'}: " + " x ".join(f"{k}={n}" for k, n in mesh.shape.items() if n > 1)
-             + f"; {share:.2%} of the parameters on every device", ""]
+    sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    lines = [json.dumps(config, indent=1, sort_keys=True), "", f"{topology or 'eight devices'}: {sizes}; {share:.2%} of the parameters on every device", ""]
     for (path, leaf), (_, sharding) in zip(flatten(shapes).items(), flatten(shardings).items()):
         lines.append(f"{path} {leaf.shape} {leaf.dtype} {sharding.spec}")
     return "\n".join(lines) + "\n"

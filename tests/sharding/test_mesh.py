@@ -157,7 +157,8 @@ def test_put_batch_refuses_what_it_cannot_mark():
 PROGRAM = """
 import sys, jax, numpy as np
 jax.distributed.initialize("127.0.0.1:" + sys.argv[2], 2, int(sys.argv[1]), heartbeat_timeout_seconds=10)
-from vlm_jax.sharding import make_mesh, process_part, put_batch, batch_sharding, replicated
+from jax.sharding import NamedSharding, PartitionSpec as P
+from vlm_jax.sharding import make_mesh, process_part, put_batch, batch_sharding, replicated, to_host
 mesh = make_mesh(data=2, fsdp=2)
 k, n = process_part(mesh)
 assert (k, n) == (int(sys.argv[1]), 2), (k, n)
@@ -165,6 +166,13 @@ rows = np.arange(8, dtype=np.float32)[k * 4:][:3 if n == 2 else 4]          # th
 batch = put_batch({"x": rows, "weight": np.ones(3, np.float32)}, mesh)
 assert batch["x"].shape == (8,) and batch["x"].sharding == batch_sharding(mesh)
 total = jax.jit(lambda b: (b["x"] * b["weight"] + 100 * jax.numpy.arange(8)).sum(), out_shardings=replicated(mesh))(batch)
+table = jax.device_put(np.arange(12.0).reshape(4, 3), NamedSharding(mesh, P("data")))
+assert not table.is_fully_addressable and np.array_equal(to_host({"table": table, "n": np.ones(2)})["table"], np.arange(12.0).reshape(4, 3))
+order = np.array(jax.devices())[[0, 2, 1, 3]].reshape(2, 2, 1, 1, 1)          # as on a torus: no process's devices are neighbours
+torus = jax.sharding.Mesh(order, mesh.axis_names)
+k, n = process_part(torus)
+ids = put_batch({"example_id": np.arange(8).reshape(2, 4)[k], "weight": np.ones(4)}, torus)["example_id"]
+assert n == 2 and sorted(to_host(ids)) == list(range(8)), to_host(ids)
 print("TOTAL", float(total), float(jax.jit(lambda b: b["weight"].sum(), out_shardings=replicated(mesh))(batch)))
 """
 

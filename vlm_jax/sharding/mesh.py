@@ -169,6 +169,16 @@ def _parts_here(mesh: Mesh) -> int:
     return batch_shards(mesh) // process_part(mesh)[1]
 
 
+def to_host(tree: Any) -> Any:
+    """The arrays of a tree as numpy, whole on every process; those of which other processes hold a part are gathered one after the other."""
+    def one(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+            x = jax.jit(lambda y: y, out_shardings=replicated(x.sharding.mesh))(x)
+        return np.asarray(x)
+
+    return jax.tree.map(one, tree)
+
+
 def padded_rows(mesh: Mesh, rows: int) -> int:
     """The rows of the global arrays of a batch of `rows`, which `put_batch` pads to a multiple of the devices that split them."""
     return -(-rows // batch_shards(mesh)) * batch_shards(mesh)
