@@ -25,7 +25,7 @@ from typing import Any
 
 from vlm_jax import __version__, faults
 from vlm_jax.errors import ConfigError, PeerError, VlmError
-from vlm_jax.peers import Peers
+from vlm_jax.peers import PeerEnded, Peers
 
 TIMEOUT, HEARTBEAT = 300.0, 100.0       # seconds
 _GRACE_SECONDS = 1.0        # an error that all processes meet is each one's own to print
@@ -82,6 +82,8 @@ def start(coordinator: str | None = None, processes: int | None = None, process_
         jax.distributed.initialize(f"{_bracket(host)}:{port}", processes, process_id, local_device_ids=_local_devices(), cluster_detection_method="deactivate",
                                    initialization_timeout=max(60, int(timeout)), coordinator_bind_address=f"{_bracket(bind)}:{port}",
                                    heartbeat_timeout_seconds=int(heartbeat) + _JAX_SLACK_SECONDS)
+        if jax.default_backend() == "cpu":
+            _silence_gloo()
         check_same("devices", {"platform": jax.default_backend(), "devices of a process": jax.local_device_count()})
     except Exception as error:
         wrapped = error if isinstance(error, VlmError) else ConfigError(
@@ -305,17 +307,17 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _ended(error: VlmError) -> None:
+def _ended(error: PeerEnded) -> None:
     """The end of this process, in a thread, when another one has ended: one line, no waiting for anything."""
     resume = f"; all processes stop. Start all of them again to go on from the last checkpoint: {resume_command()}"
-    final = error.exit_code != PeerError.exit_code
-    if final or " stopped: " in str(error):
+    if error.by_error:
+        resume = ""
         time.sleep(_GRACE_SECONDS)
     if sys.stdout is not None:
         flush = threading.Thread(target=sys.stdout.flush, daemon=True)     # the main thread may hold its lock for ever
         flush.start()
         flush.join(0.5)
-    os.write(2, f"error: {error}{'' if final else resume}\n".encode())
+    os.write(2, f"error: {error}{resume}\n".encode())
     _exit(error.exit_code, flush=False)
 
 
@@ -342,6 +344,16 @@ def _gloo_listens_on(host: str) -> None:
     make = getattr(_jax, "make_gloo_tcp_collectives", None)
     if make is not None:
         _jax.make_gloo_tcp_collectives = functools.partial(make, hostname=host)
+
+
+def _silence_gloo() -> None:
+    """Collectives between CPU devices print a line for every pair of devices, from C++: Python's output gets a descriptor of its own, theirs ends nowhere."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):     # in a notebook there is no descriptor
+        if sys.stdout.fileno() == 1:
+            sys.stdout.flush()
+            sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
 
 
 def _let_peers_speak_before_abort() -> None:

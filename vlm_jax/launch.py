@@ -7,10 +7,10 @@ only the one that starts again: on every host of a pod, say, whose processes fin
 import argparse
 from collections import deque
 from collections.abc import Sequence
-import ctypes
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,13 +29,13 @@ _OTHER = 4
 _GRACE_SECONDS = 8.0        # for the others to see that one has ended, and to say so themselves
 _LONGEST_PAUSE = 60.0
 _LONG_RUN = 600.0           # seconds after which the pauses begin anew
-_PR_SET_PDEATHSIG = 1
-_library = ctypes.CDLL(None)
+# Run by a small interpreter that becomes the command: the kernel kills it when the launcher dies (prctl PR_SET_PDEATHSIG = 1).
+_DIE_WITH_LAUNCHER = ("import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, int(signal.SIGKILL)); "
+                      "os.getppid() == int(sys.argv[1]) or os._exit(1); os.execvp(sys.argv[2], sys.argv[2:])")
 # What Gloo and JAX's coordination service print in C++ when a process connects or is lost; shown only where a process aborts with nothing else to say.
 _NOISE = re.compile(r"\[Gloo\] Rank \d+ is connected|[EFWI]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (coordination_service\w*\.cc|client\.h|preemption_\w+\.cc):|\s+@ +0x|"
                     r"\*\*\* Check failure stack trace|Additional GRPC error information|:UNKNOWN:|:\{|RPC: /xla\.coordination|"
                     r"Fatal Python error: Aborted|jax/_src/distributed\.py.*proxy")
-
 
 class Group:
     """The processes of one attempt.
@@ -47,32 +47,23 @@ class Group:
     """
 
     def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]], quiet: bool):
-        launcher = os.getpid()
-
-        def die_with_launcher() -> None:
-            _library.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-            if os.getppid() != launcher:     # it has died already
-                os._exit(1)
-
         self.children: list[subprocess.Popen] = []
         self._readers: list[threading.Thread] = []
         self._noise: list[deque[str]] = []
-        try:
-            for number, environment in enumerate(environments):
-                # Each in its own group: a key pressed in the terminal reaches it once, through the launcher.
-                child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                         start_new_session=True, preexec_fn=die_with_launcher)
-                self.children.append(child)
-                noise: deque[str] = deque(maxlen=100)
-                self._noise.append(noise)
-                prefix = "" if quiet else f"[{number}] "
-                for source, sink in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
-                    reader = threading.Thread(target=_copy, args=(source, sink, prefix, noise), daemon=True)
-                    reader.start()
-                    self._readers.append(reader)
-        except OSError as error:
-            self.kill()
-            raise ConfigError(f"{command[0]}: cannot be run ({error.strerror}); give the whole command after --: -- python -m vlm_jax.train ...") from None
+        if shutil.which(command[0]) is None:
+            raise ConfigError(f"{command[0]}: no such program; give the whole command after --: -- python -m vlm_jax.train ...")
+        for number, environment in enumerate(environments):
+            # Each in its own group: a key pressed in the terminal reaches it once, through the launcher.
+            child = subprocess.Popen([sys.executable, "-S", "-c", _DIE_WITH_LAUNCHER, str(os.getpid()), *command], env=environment, stdin=subprocess.DEVNULL,
+                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+            self.children.append(child)
+            noise: deque[str] = deque(maxlen=100)
+            self._noise.append(noise)
+            prefix = "" if quiet else f"[{number}] "
+            for source, sink in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
+                reader = threading.Thread(target=_copy, args=(source, sink, prefix, noise), daemon=True)
+                reader.start()
+                self._readers.append(reader)
 
     def send(self, number: int) -> None:
         """Sends a signal to all that still run."""

@@ -18,15 +18,20 @@ from vlm_jax.errors import ConfigError, PeerError, VlmError
 PROTOCOL = "vlm_jax peers 1"
 _SAY_SECONDS = 10.0
 _HELLO_SECONDS = 10.0
+_PATIENCE_SECONDS = 10.0    # process 0 knows better who is missing, and tells the others
 _FINAL = {65: "data", 70: "divergence", 73: "checkpoint", 78: "configuration"}   # exit codes after which no restart helps
 
 
 class PeerEnded(PeerError):
-    """A process that ended; where it ended by an error that a restart meets again, the others end with the same exit code."""
+    """A process that ended; where it ended by an error that a restart meets again, the others end with the same exit code.
 
-    def __init__(self, line: str, code: int = PeerError.exit_code):
+    Attributes:
+      by_error: whether it said goodbye with an error, instead of being lost.
+    """
+
+    def __init__(self, line: str, code: int = PeerError.exit_code, by_error: bool = False):
         super().__init__(line)
-        self.exit_code = code
+        self.exit_code, self.by_error = code, by_error
 
 
 class Peers:
@@ -98,7 +103,7 @@ class Peers:
                     said = now
                     self._say(f"process {self.process} waits for {_list(self._missing)} of {self.processes} at {self._where()} "
                               f"({now - self._began:.0f} of {self.timeout:g} s)")
-                if now - self._began > self.timeout:
+                if now - self._began > self.timeout + (0 if self.process == 0 else _PATIENCE_SECONDS):
                     self._refuse(PeerError(f"{_list(self._missing)} of {self.processes} did not come to {self._where()} within {self.timeout:g} s; "
                                            "look at their logs, and start all of them again."))
             failure = self._failure
@@ -162,13 +167,16 @@ class Peers:
             self._missing = list(range(1, self.processes))
         beaten = ticked = time.monotonic()
         while not self._ending:
-            sockets = {connection.socket: connection for connection in [*self._connections.values(), *self._strangers]}
-            if self._listener is not None:
-                sockets[self._listener] = None
-            try:
-                ready, _, _ = select.select([*sockets, self._wake_read], [], [], interval)
-            except (OSError, ValueError):       # a socket was closed meanwhile
-                continue
+            with self._changed:
+                if self._ending:
+                    return
+                sources: dict[int, Any] = {each.socket.fileno(): each for each in [*self._connections.values(), *self._strangers]}
+                if self._listener is not None:
+                    sources[self._listener.fileno()] = self._listener
+            poll = select.poll()        # select() knows no descriptors above 1,023
+            for descriptor in [*sources, self._wake_read]:
+                poll.register(descriptor, select.POLLIN)
+            ready = [descriptor for descriptor, _ in poll.poll(interval * 1000)]
             now = time.monotonic()
             with self._changed:
                 if self._ending:
@@ -177,13 +185,13 @@ class Peers:
                     for connection in self._connections.values():
                         connection.heard = now
                 ticked = now
-                for which in ready:
-                    if which == self._wake_read:
+                for source in map(sources.get, ready):
+                    if source is None:
                         os.read(self._wake_read, 4096)
-                    elif which is self._listener:
-                        self._strangers.append(Connection(which.accept()[0]))
-                    elif which in sockets:
-                        self._read(sockets[which])
+                    elif isinstance(source, Connection):
+                        self._read(source)
+                    elif source is self._listener:
+                        self._strangers.append(Connection(source.accept()[0]))
                 self._strangers = [stranger for stranger in self._strangers if not self._too_long(stranger, now)]
                 if now - beaten >= interval:
                     beaten = now
@@ -240,7 +248,7 @@ class Peers:
             return
         self._failure = error
         if self.process == 0:
-            self._send_all({"kind": "ended", "process": process, "code": error.exit_code, "line": str(error)})
+            self._send_all({"kind": "ended", "process": process, "code": error.exit_code, "line": str(error), "by_error": error.by_error})
         threading.Thread(target=self._on_end, args=(error,), daemon=True).start()
 
     def _send_all(self, message: dict[str, Any]) -> None:
@@ -275,9 +283,9 @@ class Peers:
             self._left.add(connection.process)
             if message["code"] not in (0, 75):
                 code = message["code"] if message["code"] in _FINAL else PeerError.exit_code
-                self._end(PeerEnded(f"{self.members[connection.process]} stopped: {message['line']}", code), connection.process)
+                self._end(PeerEnded(f"{self.members[connection.process]} stopped: {message['line']}", code, True), connection.process)
         elif kind == "ended":
-            self._end(PeerEnded(message["line"], message["code"]), message["process"])
+            self._end(PeerEnded(message["line"], message["code"], message["by_error"]), message["process"])
 
     # What all say
 
@@ -378,10 +386,11 @@ class Peers:
     def leave(self, code: int = 0, line: str = "") -> None:
         """Says goodbye: with a code other than 0 and 75 the others end too, with `line` as the reason."""
         with self._changed:
-            failing = self.process == 0 and code not in (0, 75)
-            final = code if code in _FINAL else PeerError.exit_code
-            self._send_all({"kind": "ended", "process": 0, "code": final, "line": f"{self.members.get(0, 'process 0')} stopped: {line}"} if failing
-                           else {"kind": "bye", "code": code, "line": line})
+            if self.process == 0 and code not in (0, 75):
+                self._send_all({"kind": "ended", "process": 0, "code": code if code in _FINAL else PeerError.exit_code, "by_error": True,
+                                "line": f"{self.members.get(0, 'process 0')} stopped: {line}"})
+            else:
+                self._send_all({"kind": "bye", "code": code, "line": line})
             self._leaving = True
 
     def close(self) -> None:
