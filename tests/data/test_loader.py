@@ -221,29 +221,36 @@ def test_importing_the_loader_imports_neither_grain_nor_jax():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is Linux's")
-def test_workers_end_with_a_killed_trainer(tmp_path):
+def test_a_killed_trainer_leaves_neither_workers_nor_shared_memory(tmp_path):
+    prefix = f"t{os.getpid() % 100_000}_"
     script = tmp_path / "trainer.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(textwrap.dedent(f"""
         import multiprocessing, time
+        from multiprocessing import shared_memory
         from tests.data.test_loader import Loader, Numbers, process
+        shared_memory._SHM_NAME_PREFIX = "/{prefix}"     # to tell it from that of others; workers run this line too
         if __name__ == "__main__":
-            for batch in Loader(Numbers(8), process, 4, workers=1, threads=1).batches():
+            for batch in Loader(Numbers(64), process, 4, workers=2, threads=1).batches():
                 print(*[child.pid for child in multiprocessing.active_children()], flush=True)
                 time.sleep(60)
     """))
     root = str(Path(__file__).parents[2])
     trainer = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                env={**os.environ, "PYTHONPATH": root})
+
+    def memory():
+        return [name for name in os.listdir("/dev/shm") if name.startswith(prefix)]
     try:
         workers = [int(pid) for pid in trainer.stdout.readline().split()]
+        assert memory()
     finally:
         trainer.kill()
         trainer.wait()
-    assert len(workers) == 1
+    assert len(workers) == 2
     deadline = time.monotonic() + 60
-    while any(running(pid) for pid in workers) and time.monotonic() < deadline:
+    while (memory() or any(running(pid) for pid in workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(running(pid) for pid in workers)
+    assert not any(running(pid) for pid in workers) and memory() == []
 
 
 def running(pid):

@@ -1,4 +1,5 @@
 """The loop: bit-identical runs, also across an interruption; the same losses on other meshes; guards that stop it with one clear message."""
+import errno
 import json
 import shutil
 
@@ -6,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from vlm_jax import faults
 from vlm_jax.errors import CheckpointError, ConfigError, DataError, DivergedError
 from vlm_jax.settings import plain
-from vlm_jax.training import setup
+from vlm_jax.training import loop, setup
 from vlm_jax.training.checkpoints import restore_parameters
 from vlm_jax.training.config import load_config, merge, resolve
 from vlm_jax.training.loop import train
@@ -185,3 +187,21 @@ def test_gradient_caching_equals_the_large_batch(finished, tmp_path):
     with jax.default_matmul_precision("highest"):
         train(config, tmp_path / "run", devices=jax.devices()[:1])
     np.testing.assert_allclose(list(losses(tmp_path / "run").values()), list(losses(finished).values()), rtol=2e-6)
+
+
+def test_a_full_disk_costs_neither_a_step_nor_a_row(finished, tmp_path, monkeypatch, capsys):
+    """A save fails before its commit, another before it begins, a row, an evaluation's files and the report cannot be written: the run ends as it should."""
+    plan = "checkpoint.before_commit:1=full,metrics.write:2=full,checkpoint.save:3=full,evaluation.write:1=full"
+    monkeypatch.setattr(faults, "_plan", faults._read(plan))
+    faults._counts.clear()
+
+    def full(workdir):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(loop, "write_report", full)
+    evaluations = {"search": dict(evaluator="retrieval", source=dict(name="shapes", split="heldout_pairs", size=32, limit=6))}
+    summary = train(shapes(evaluations=evaluations), tmp_path / "run", devices=jax.devices()[:1])
+    said = capsys.readouterr()
+    assert said.err.count("the next save tries again") == 2 and "files of the evaluation cannot be written" in said.out and summary["report"] is None
+    assert losses(tmp_path / "run") == losses(finished) and summary["evaluations"]["search"]["pictures"] == 6
+    for a, b in zip(leaves(tmp_path / "run"), leaves(finished), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.kill_resume.event_files import curves
+from vlm_jax import faults
 from vlm_jax.errors import CheckpointError
-from vlm_jax.training.metrics import TIME_FIELDS, MetricWriter, Progress, duration, read_metrics
+from vlm_jax.training import metrics
+from vlm_jax.training.metrics import TIME_FIELDS, Goodput, MetricWriter, Progress, duration, read_metrics
 
 
 def test_rows_and_types(tmp_path):
@@ -106,3 +109,66 @@ def test_rows_are_plain_json(tmp_path):
     with MetricWriter(tmp_path, tensorboard=False) as writer:
         writer.write(1, "train", {"loss": float("inf")})
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)["loss"] is None
+
+
+def test_a_full_disk_delays_rows_and_loses_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(faults, "_plan", faults._read("metrics.write:2=full,metrics.write:3=full"))
+    faults._counts.clear()
+    with MetricWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, "train", {"loss": step})
+        assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+        writer.write(4, "train", {"loss": 4})
+        assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert capsys.readouterr().out.count("rows wait in memory") == 1
+    assert curves(tmp_path / "tensorboard")["train/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+
+
+def test_rows_that_cannot_be_written_at_the_end_are_an_error(tmp_path, monkeypatch):
+    def full(data):
+        raise OSError(28, "No space left on device")
+    writer = MetricWriter(tmp_path, tensorboard=False)
+    monkeypatch.setattr(writer._file, "write", full)
+    writer.write(1, "train", {"loss": 1.0})
+    with pytest.raises(CheckpointError, match="1 rows cannot be written .No space left on device.*start again"):
+        writer.close()
+    monkeypatch.setattr(metrics, "HELD_ROWS", 1)
+    with pytest.raises(CheckpointError, match="2 rows"):
+        writer.write(2, "train", {"loss": 1.0})
+
+
+def test_curves_of_a_kill_between_a_row_and_its_curves_are_drawn_once(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, "train", {"loss": step})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "kind": "train", "loss": 4}\n')      # killed before its curve was written
+    for resume_from, expected in ((4, [1, 2, 3, 4]), (4, [1, 2, 3, 4]), (2, [1, 2])):
+        MetricWriter(tmp_path, resume_from=resume_from).close()
+        assert curves(tmp_path / "tensorboard")["train/loss"] == [(step, float(step)) for step in expected]
+
+
+def test_goodput_over_starts(capsys):
+    clock = Clock()
+    goodput = Goodput(clock=clock, began=clock.now - 3)
+    progress = Progress(first=0, last=40, batch_size=8, clock=clock, goodput=goodput)
+    with progress.waiting_for_data():
+        clock.now += 2
+    progress.compiling()
+    clock.now += 5
+    with progress.waiting_for_data():
+        clock.now += 1
+    clock.now += 10
+    with progress.paused():
+        clock.now += 4
+    with progress.paused("evaluate"):
+        clock.now += 6
+    seconds = goodput.seconds()
+    assert seconds == {"start": 3, "compile": 5, "steps": 10, "data": 3, "save": 4, "evaluate": 6, "lost": 0}
+    assert goodput.line() == "goodput: steps 32 % of 0:31  start 10 %  compile 16 %  data 10 %  save 13 %  evaluate 19 %"
+    kept, dropped = [{"step": 1, "goodput": seconds}], [{"step": 2, "goodput": {**seconds, "steps": 70}}]
+    clock.now += 100
+    later = Goodput(kept, dropped, clock=clock)
+    clock.now += 1
+    assert later.seconds() == {**seconds, "start": 4, "lost": 60}
+    assert "goodput" in TIME_FIELDS

@@ -88,6 +88,7 @@ def build_report(folder: Path) -> str:
         f'<header><h1>{escape(words(name))}</h1><p class="lead">{escape(sentence(config, train, parameters))}</p></header>',
         headline(train, evaluations, parameters, environment),
         _training(config, train),
+        _left_out(folder, train),
         *(_evaluation(folder, title, steps) for title, steps in evaluations.items()),
         _times(config, train, evaluations, environment),
         "<h2>The run in full</h2>",
@@ -187,13 +188,30 @@ def _training(config: Mapping[str, Any], train: Sequence[Mapping[str, Any]]) -> 
         return line_chart(title, {key: [(row["step"], row.get(key)) for row in train]}, ends, smoothed)
 
     first = curve("Loss", "loss", True) + curve("Learning rate", "learning_rate")
-    known = ("step", "kind", "loss", "learning_rate", "seconds_per_step", "examples_per_second", "gflops", "bad_records")
+    known = ("step", "kind", "loss", "learning_rate", "seconds_per_step", "examples_per_second", "gflops", "bad_records", "skipped", "failed_saves")
     others = sorted({key for row in train for key, value in row.items() if key not in known and is_number(value)})
     more = curve("Examples per second", "examples_per_second") + "".join(curve(CURVES.get(key, words(key).capitalize()), key) for key in others[:24])
     if not first and not more:
         return ""
     return (f'<h2>Training</h2><div class="charts">{first}</div>'
             + (folded("More curves", "of every quantity in the log", f'<div class="charts">{more}</div>') if more else ""))
+
+
+def _left_out(folder: Path, train: Sequence[Mapping[str, Any]]) -> str:
+    """What the guard rejected, and saves that failed: counts of the log, events of diverged.json."""
+    from vlm_jax.training.guard import read_events
+    last = train[-1] if train else {}
+    counts = [f"{plural(last[key], one)} {what}" for key, one, what in (("skipped", "step", "left out"), ("failed_saves", "save", "failed"))
+              if is_number(last.get(key)) and last[key]]
+    events = [as_dict(event) for event in read_events(os.fspath(folder))]
+    rows = [[escape(str(event.get(key, ""))) for key in ("step", "kind", "action", "loss", "gradient_norm")]
+            + [escape(", ".join(f"{stream}: {' '.join(map(str, as_list(ids)[:8]))}{' ...' if len(as_list(ids)) > 8 else ''}"
+                                for stream, ids in as_dict(event.get("example_id")).items()))] for event in events[-20:]]
+    if not counts and not rows:
+        return ""
+    head = ["step", "why", "what was done", "loss", "gradient norm", "examples"]
+    listed = folded("Steps left out", f"the last {len(rows)} of diverged.json", table(head, rows, numbers=False)) if rows else ""
+    return (f'<p class="note">{escape(", ".join(counts))}.</p>' if counts else "") + listed
 
 
 def _evaluation(folder: Path, name: str, steps: Mapping[int, Mapping[str, Any]]) -> str:
@@ -331,6 +349,7 @@ def _times(config: Mapping[str, Any], train: Sequence[Mapping[str, Any]], evalua
         "time in evaluations": duration(evaluating) if evaluating else None,
         "seconds a step, median": median("seconds_per_step"),
         "examples a second, median": median("examples_per_second"),
+        "share of all time that is training steps (goodput)": _goodput(train),
         "share of the time that waits for data": _percent(median("data_wait")),
         "model, GF/s": median("gflops"),
         "machine, GF/s in a matrix product": environment.get("matmul_gflops"),
@@ -340,6 +359,12 @@ def _times(config: Mapping[str, Any], train: Sequence[Mapping[str, Any]], evalua
     started = environment.get("started")
     shown += [("began", escape(str(started).replace("T", " ").replace("+00:00", " UTC")))] if started else []
     return "<h2>Time and speed</h2>" + table([], shown) if shown else ""
+
+
+def _goodput(train: Sequence[Mapping[str, Any]]) -> str | None:
+    seconds = as_dict(train[-1].get("goodput")) if train else {}
+    total = sum(value for value in seconds.values() if is_number(value))
+    return _percent(seconds["steps"] / total) if total and is_number(seconds.get("steps")) else None
 
 
 def _percent(value: float | None) -> str | None:
