@@ -95,16 +95,15 @@ def place(passed: Sequence[str], killed_at: str | None = None) -> str:
 
     A save may be under way while the loop goes on, so saves and collections are looked at apart from the loop.
     """
-    if killed_at in SAVE:
-        return "save"
-    if killed_at in COLLECTION:
-        return "collection"
+    for name, family in (("save", SAVE), ("collection", COLLECTION), ("restore", RESTORE), ("evaluation", EVALUATION)):
+        if killed_at in family:
+            return name
     last_of = {family: next((name for name in reversed(passed) if name in family), None) for family in (SAVE, COLLECTION)}
     if "loop.start" not in passed:
         return "start"
     if last_of[COLLECTION] in COLLECTION[:2]:
         return "collection"
-    if last_of[SAVE] in SAVE[:3]:
+    if last_of[SAVE] in SAVE[:-1]:
         return "save"
     loop = next(name for name in reversed(passed) if name.startswith(("loop.", "evaluation.")) or name in RESTORE)
     if loop in RESTORE:

@@ -57,3 +57,11 @@ def test_copies_that_differ_are_named():
     [line] = differing_replicas({"kernel": array, "sound": on_mesh(P(), jnp.ones(2))})
     assert line.startswith("kernel differs between ")
     assert differing_replicas({"sharded": on_mesh(P(("data", "fsdp")), jnp.arange(4.0)), "sound": on_mesh(P(), jnp.ones(2))}) == []
+
+
+def test_a_run_that_is_checked_is_the_same_run(tmp_path):
+    from tests.training.test_loop import losses, shapes
+    from vlm_jax.training.loop import train
+    for name, every in (("plain", None), ("checked", 2)):
+        train(shapes(steps=3, sdc_check_every=every), tmp_path / name, devices=jax.devices()[:1])
+    assert losses(tmp_path / "checked") == losses(tmp_path / "plain") and len(losses(tmp_path / "plain")) == 3
