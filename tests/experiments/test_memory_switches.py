@@ -1,0 +1,32 @@
+"""The study's own arithmetic, its recorded figures, and one small pair of switches compiled here."""
+import json
+
+import jax
+
+from experiments.memory_switches import run
+
+
+def test_a_switch_is_compiled_and_counted():
+    model = dict(name="siglip", preset="test")
+    devices = jax.devices()[:2]
+    base, kept = (run.figures(run.compile_switch(switch, devices, model=model, batch=4)) for switch in ({}, run.SWITCHES["donate=False"]))
+    assert base["aliased"] > 0 and kept["aliased"] == 0
+    assert kept["peak"] >= base["peak"] + 0.9 * base["aliased"]
+    assert "peak" in run.line_of(dict(base, platform="cpu", switch="base"))
+
+
+def test_every_switch_is_a_config():
+    from vlm_jax.training.config import resolve
+    for name, switch in run.SWITCHES.items():
+        assert resolve(run.config_of(switch))["name"] == "memory_switches", name
+    assert {name for names in run.PLATFORMS.values() for name in names} <= {*run.SWITCHES, *run.VOCABULARY}
+
+
+def test_the_recorded_figures_say_what_the_readme_says():
+    results = json.loads((run.FOLDER / "results.json").read_text())
+    rows = {(row["platform"], row["switch"]): row for row in results["details"]["bytes_per_device"]}
+    assert run.metrics_of(list(rows.values())).keys() == results["metrics"].keys()
+    assert results["metrics"]["vocabulary_tiled_over_dense_temporaries"] < 0.05
+    assert rows["tpu", "remat=full"]["temporaries"] < 0.4 * rows["tpu", "base"]["temporaries"]
+    assert rows["state", "all: full, fsdp=8, moments bf16"]["state"] < 0.1 * rows["state", "base"]["state"]
+    assert run.table_of(results["details"]["bytes_per_device"]) in (run.FOLDER / "README.md").read_text()
