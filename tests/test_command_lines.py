@@ -84,7 +84,7 @@ def test_a_planted_config_file_in_the_workdir_is_not_run(run):
     (["--config", SHAPES, "--workdir", "x", "--config.stages.0.steps=many"], r"steps", 78),
     (["--config", SHAPES, "--workdir", "x", "--workdire=y"], r'--workdire=y: no such argument.*Did you mean "--workdir"', 78),
     (["--config", SHAPES, "--workdir", "x", "--config.model.preset=huge"], r'model.preset of "siglip": "huge" is unknown', 78),
-    (["--config", SHAPES, "--workdir", "/proc/nowhere/x"], r"the workdir cannot be written", 73),
+    (["--config", SHAPES, "--workdir", "/proc/nowhere/x"], r"/proc/nowhere/x: cannot be written", 73),
 ])
 def test_first_hour_errors_are_one_line(arguments, message, code, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -2,8 +2,8 @@
 
     python -m experiments.bench_checkpoint.run
 
-The allowance is one step or 100 ms, whichever is longer, plus the saved bytes at 1 GB/s. The loop's next step after a save is timed with it: what the save leaves to the
-devices counts. The resume is that of the demo's config, by the ordinary command in a process of its own.
+The allowance is one step or 100 ms, whichever is longer, plus the saved bytes at 1 GB/s. The loop's next step after a save is timed with it: what the
+save leaves to the devices counts. The resume is that of the demo's config, by the ordinary command in a process of its own.
 """
 import argparse
 import json
@@ -40,14 +40,15 @@ def stall(ballast_mb: int, batch_size: int, folder: str) -> dict[str, float]:
     config = resolve(config)
     parts = setup.build(config, 0, setup.read(config))
     state = parts.initial_state()
-    count = max(1, ballast_mb // 50)
-    ballast = {f"array{n}": jnp.asarray(np.random.default_rng(n).normal(size=ballast_mb * 10**6 // 4 // count).astype(np.float32)) for n in range(count)} if ballast_mb else {}
+    count = ballast_mb // 50        # arrays of 50 MB
+    ballast = {f"array{n}": jnp.asarray(np.random.default_rng(n).normal(size=12_500_000).astype(np.float32)) for n in range(count)}
     batch = put_batch(next(parts.batches(0)), parts.mesh)
     metadata = {"run": run_identity.describe(config, 0, parts.processor.digest)}
     step_seconds, stalls, returned = [], [], []
     saved = sum(leaf.nbytes for leaf in jax.tree.leaves((state, ballast)))
     with jax.set_mesh(parts.mesh), Checkpoints(folder, keep=1) as checkpoints:
-        checkpoints.prepare(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), {"train": state, "ballast": ballast}))
+        checkpoints.prepare(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+                                         {"train": state, "ballast": ballast}))
         number = 0
 
         def step() -> float:
@@ -71,7 +72,8 @@ def stall(ballast_mb: int, batch_size: int, folder: str) -> dict[str, float]:
     allowance = max(usual, 0.1) + saved / 1e9
     lost = [seconds - usual for seconds in stalls]
     return {"megabytes": saved / 1e6, "step_seconds": usual, "save_returned_seconds": statistics.median(returned), "stall_seconds": statistics.median(lost),
-            "worst_stall_seconds": max(lost), "first_stall_seconds": lost[0], "allowance_seconds": allowance, "stall_seconds_minus_allowance": max(lost) - allowance}
+            "worst_stall_seconds": max(lost), "first_stall_seconds": lost[0], "allowance_seconds": allowance,
+            "stall_seconds_minus_allowance": max(lost) - allowance}
 
 
 def resume(batch_size: int, workdir: str) -> float:

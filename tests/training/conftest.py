@@ -6,7 +6,7 @@ import fsspec
 import pytest
 
 from tests.fake_gcs import FakeGcs, FakeGcsFileSystem
-from vlm_jax.training import storage
+from vlm_jax import storage
 
 # TensorStore reads its environment once a process, so the server lives as long as the process and is emptied between tests.
 _server: FakeGcs | None = None

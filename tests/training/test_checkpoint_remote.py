@@ -11,10 +11,17 @@ import numpy as np
 import pytest
 
 from tests.training.test_checkpoints import assert_same, make_tree
+from tests.training.test_loop import shapes
+from vlm_jax import storage
 from vlm_jax.errors import CheckpointError
-from vlm_jax.training import append_file, storage
+from vlm_jax.restore import load
+from vlm_jax.settings import plain
+from vlm_jax.training import append_file
 from vlm_jax.training.checkpoint_policy import last_good, point_at
 from vlm_jax.training.checkpoints import Checkpoints, restore_parameters
+from vlm_jax.training.config import load_config
+from vlm_jax.training.locks import WorkdirLock
+from vlm_jax.training.loop import train
 from vlm_jax.training.metrics import MetricWriter, read_metrics
 
 FOLDER = "gs://bucket/run/checkpoints"
@@ -110,3 +117,25 @@ def test_the_fake_store_cannot_rename(bucket):
         path.rename("gs://bucket/b")
     with pytest.raises(OSError, match="mode"):
         path.open("a").write("b")
+
+
+def test_a_run_in_a_bucket_is_the_run_on_a_disk(bucket, tmp_path, monkeypatch):
+    """The whole loop, with an evaluation, interrupted after step 2; then `vlm_jax.load`."""
+    monkeypatch.chdir(tmp_path)
+    evaluations = plain(load_config("configs/siglip/shapes.py:variant=test"))["evaluations"]
+    name, settings = next(iter(evaluations.items()))
+    config = shapes(steps=4, evaluations={name: {**settings, "every": 4}}, checkpoint={"every": 2, "keep": 1})
+    train(shapes(steps=2, checkpoint={"every": 2, "keep": 1}), "gs://bucket/run", devices=jax.devices()[:1])
+    with pytest.raises(CheckpointError, match="training here"), WorkdirLock("gs://bucket/run"):
+        train(config, "gs://bucket/run", devices=jax.devices()[:1])
+    train(config, "gs://bucket/run", devices=jax.devices()[:1])
+    train(config, tmp_path / "disk", devices=jax.devices()[:1])
+    remote_params, step = restore_parameters("gs://bucket/run")
+    local_params, _ = restore_parameters(tmp_path / "disk")
+    assert step == 4
+    for a, b in zip(jax.tree.leaves(remote_params), jax.tree.leaves(local_params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk"]       # nothing went to a local folder named gs:
+    files = {name.removeprefix("bucket/run/").split("/")[0] for name in bucket.objects}
+    assert {"checkpoints", "config.json", "processor.json", "metrics.jsonl", "evaluations", "report.html", "parameters.txt"} <= files
+    assert load("gs://bucket/run").step == 4

@@ -8,8 +8,9 @@ import threading
 
 import pytest
 
+from vlm_jax import storage
 from vlm_jax.errors import CheckpointError
-from vlm_jax.training import locks, remote_lock, storage
+from vlm_jax.training import locks, remote_lock
 from vlm_jax.training.locks import WorkdirLock
 from vlm_jax.training.remote_lock import RemoteLock
 

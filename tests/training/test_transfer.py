@@ -96,3 +96,15 @@ def test_messages(settings, error, expected):
     with pytest.raises(error) as caught:
         init_from(tree(0), previous=tree(1), **settings)
     assert str(caught.value).startswith(expected)
+
+
+def test_what_was_taken_left_and_unused_is_said(capsys):
+    """A regex maps part of another run onto part of this one."""
+    theirs = {"encoder": {"visual": {"kernel": np.ones((3, 6), np.float32)}, "extra": np.ones(2, np.float32)}}
+    ours = tree(0)
+    result = init_from(ours, previous=theirs, mapping=[(r"encoder/visual/(.*)", r"image/\1"), (r"encoder/(extra)", r"other/\1")], unexpected="ignore")
+    np.testing.assert_array_equal(result["image"]["kernel"], np.ones((3, 6)))
+    np.testing.assert_array_equal(result["text"]["table"], ours["text"]["table"])
+    said = capsys.readouterr().out
+    assert said.startswith("init_from the stage before: 1 parameters taken; ") and "left as initialised (" in said
+    assert said.rstrip().endswith("1 of theirs unused (other/extra)")

@@ -7,17 +7,16 @@ from collections.abc import Mapping, Sequence
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float, Int32
 import numpy as np
 from PIL import Image
 
+from vlm_jax import storage
 from vlm_jax.data import operations
 from vlm_jax.data.problems import problem
 from vlm_jax.data.text import Tokenize
-from vlm_jax.data.tokenizer_training import write_atomically
 from vlm_jax.data.tokenizers import Tokenizer
 from vlm_jax.errors import ConfigError, DataError, did_you_mean
 from vlm_jax.settings import plain
@@ -156,7 +155,7 @@ class Processor:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes processor.json, all of it or nothing."""
-        write_atomically(Path(path), (json.dumps(self._settings, indent=1) + "\n").encode())
+        storage.write_whole(path, (json.dumps(self._settings, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Processor":
@@ -166,9 +165,12 @@ class Processor:
           DataError: if the file is missing or damaged.
         """
         try:
-            settings = json.loads(Path(path).read_bytes())
-        except FileNotFoundError:
-            raise DataError(f"{path}: there is no such processor file; point to a workdir's processor.json.") from None
+            content = storage.read(path)
+            if content is None:
+                raise DataError(f"{path}: there is no such processor file; point to a workdir's processor.json.")
+            settings = json.loads(content)
+        except DataError:
+            raise
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: this is no processor.json ({error}); restore it from the run that wrote it.") from None
         return cls.from_dict(settings, str(path))

@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 import sys
 from typing import Any
-import uuid
 
+from vlm_jax import storage
 from vlm_jax.data.tokenizers import SentencePieceTokenizer, load_tokenizer
 from vlm_jax.errors import ConfigError, DataError, VlmError
 from vlm_jax.settings import choose, plain
@@ -27,13 +27,7 @@ def cache_folder() -> Path:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that a reader finds all of it or nothing; creates its folder where missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    storage.write_whole(path, content)
 
 
 def captions_of(source: Any, prepare: Sequence[Callable] = (), max_captions: int = 1_000_000) -> list[str]:

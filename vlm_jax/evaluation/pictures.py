@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax import storage
+
 QUERIES = 8
 ANSWERS = 6
 RIGHT, WRONG, INK, GRID = "#1a7f37", "#c9ccd1", "#24292f", "#d0d7de"
@@ -58,7 +60,9 @@ def recall_curve(path: str | os.PathLike, ranks: Mapping[str, np.ndarray], answe
     axes.grid(color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    storage.write_whole(path, content.getvalue())
 
 
 def confusion(path: str | os.PathLike, labels: np.ndarray, answers: np.ndarray, names: Sequence[str], most: int = 12) -> None:
@@ -77,7 +81,9 @@ def confusion(path: str | os.PathLike, labels: np.ndarray, answers: np.ndarray, 
     axes.set_xticks(range(len(ticks)), ticks, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(len(ticks)), ticks, fontsize=8)
     axes.set(xlabel="answered", ylabel="shown", title="the classes most often confused")
-    figure.savefig(path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    storage.write_whole(path, content.getvalue())
 
 
 def _grid(rows: int, columns: int, widths: Sequence[float]):
@@ -108,6 +114,7 @@ def _words(cell, lines: Sequence[tuple[str, str, str]]) -> None:
 def _save(figure, path: str | os.PathLike) -> None:
     """Writes a PNG of 256 colours: a third of the size, and no eye sees the difference at these sizes."""
     from PIL import Image
-    buffer = io.BytesIO()
-    figure.savefig(buffer, facecolor="white")
-    Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, facecolor="white")
+    Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="PNG", optimize=True)
+    storage.write_whole(path, small.getvalue())

@@ -5,7 +5,7 @@ import json
 import os
 from typing import Any
 
-from vlm_jax import faults
+from vlm_jax import faults, storage
 from vlm_jax.data.decode import decode_image
 from vlm_jax.data.sources import build_source
 from vlm_jax.errors import DataError
@@ -59,12 +59,9 @@ def write(folder: str | os.PathLike, metrics: Mapping[str, float], predictions: 
     with writing(folder) as writes:
         if writes:
             faults.point("evaluation.write")
-            os.makedirs(folder, exist_ok=True)
-            with open(os.path.join(folder, "predictions.jsonl"), "w", encoding="utf-8") as file:
-                for prediction in predictions:
-                    file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
-            with open(os.path.join(folder, "metrics.json"), "w", encoding="utf-8") as file:
-                json.dump(metrics, file, indent=1)
+            lines = (json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
+            storage.write_whole(os.path.join(folder, "predictions.jsonl"), "".join(lines).encode())
+            storage.write_whole(os.path.join(folder, "metrics.json"), json.dumps(metrics, indent=1).encode())
     return metrics
 
 
@@ -83,5 +80,7 @@ def writing(folder: str | os.PathLike) -> Iterator[bool]:
 
 def read_predictions(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the lines of a predictions.jsonl."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    content = storage.read(path)
+    if content is None:
+        raise FileNotFoundError(path)
+    return [json.loads(line) for line in content.decode().split("\n") if line]

@@ -1,15 +1,15 @@
 """A file that grows: appended on a local disk, rewritten from memory now and then on object stores, which cannot append."""
 import errno
+import logging
 import os
 import time
 from typing import Any
 
+from vlm_jax import storage
+from vlm_jax.storage import is_remote
+
 _REWRITE_SECONDS = 30.0
-
-
-def is_remote(path: Any) -> bool:
-    """Whether `path` is on an object store (gs://..., s3://...)."""
-    return "://" in str(path)
+_log = logging.getLogger(__name__)
 
 
 class AppendFile:
@@ -36,7 +36,10 @@ class AppendFile:
             self._file = open(path, "ab", buffering=0)     # closed by close(); unbuffered: a kill loses nothing written
 
     def write(self, data: bytes) -> None:
-        """Adds `data` at the end, as a whole or, where that raises an OSError, not at all."""
+        """Adds `data` at the end, as a whole or, where that raises an OSError, not at all.
+
+        An object store that does not answer is a warning: the bytes stay in memory, and the next rewrite has them; `flush` and `close` insist.
+        """
         if not self._remote:
             size = os.fstat(self._file.fileno()).st_size
             try:
@@ -48,7 +51,11 @@ class AppendFile:
             return
         self._content += data
         if time.monotonic() - self._written_at > _REWRITE_SECONDS:
-            self._rewrite()
+            try:
+                self._rewrite()
+            except OSError as error:
+                self._written_at = time.monotonic()
+                _log.warning("WARNING: %s could not be written (%s); it is tried again in %.0f s.", self.path, error, _REWRITE_SECONDS)
 
     def flush(self) -> None:
         """Makes sure that all is written, so that a kill loses nothing."""
@@ -63,8 +70,5 @@ class AppendFile:
             self._file.close()
 
     def _rewrite(self) -> None:
-        from etils import epath
-        path = epath.Path(self.path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(bytes(self._content))
+        storage.write(self.path, bytes(self._content))
         self._written_at = time.monotonic()

@@ -11,9 +11,9 @@ import numpy as np
 
 from vlm_jax import distributed, faults
 from vlm_jax.errors import CheckpointError
+from vlm_jax.storage import is_remote
 from vlm_jax.training import digests
 from vlm_jax.training.checkpoint_format import Damaged, dtype_of, num_bytes, one_line
-from vlm_jax.training.storage import is_remote
 
 _AT_ONCE = 1 << 30      # bytes of arrays that are read at the same time
 # How TensorStore's errors begin when the storage, not its content, is the cause: such a step is not damaged.

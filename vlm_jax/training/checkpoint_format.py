@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax import storage
 from vlm_jax.errors import CheckpointError
 from vlm_jax.settings import plain
-from vlm_jax.training import storage
 from vlm_jax.training.digests import checksum
 
 SCHEMA_VERSION = 1

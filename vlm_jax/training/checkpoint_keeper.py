@@ -9,7 +9,7 @@ import queue
 import threading
 from typing import Any
 
-from vlm_jax.training import storage
+from vlm_jax import storage
 from vlm_jax.training.checkpoint_arrays import verify
 from vlm_jax.training.checkpoint_format import Damaged, complete, one_line, read_meta
 from vlm_jax.training.checkpoint_policy import delete_step, kept, point_at

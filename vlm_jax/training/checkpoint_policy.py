@@ -10,9 +10,8 @@ import os
 import re
 from typing import Any
 
-from vlm_jax import faults
+from vlm_jax import faults, storage
 from vlm_jax.errors import CheckpointError
-from vlm_jax.training import storage
 from vlm_jax.training.checkpoint_format import MARKER
 from vlm_jax.training.checkpoint_writer import TEMPORARY_SUFFIX
 

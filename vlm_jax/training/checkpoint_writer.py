@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from vlm_jax import faults
-from vlm_jax.training import digests, storage
+from vlm_jax import faults, storage
+from vlm_jax.training import digests
 from vlm_jax.training.checkpoint_format import describe
 from vlm_jax.training.trees import unflatten
 
@@ -29,7 +29,9 @@ class Writer:
         self.folder = folder
         self._committed = committed
         self._described: dict[str, Callable[[], bytes]] = {}
+        # Folders made asynchronously would, where that fails, leave the other threads waiting for them for minutes.
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler()),
+                                            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                                             temporary_path_class=self._commit_class(storage.is_remote(folder)))
 
     def write(self, step: int, leaves: Mapping[str, jax.Array], metadata: Mapping[str, Any]) -> None:

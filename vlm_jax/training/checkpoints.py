@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax import faults
+from vlm_jax import faults, storage
 from vlm_jax.errors import CheckpointError, VlmError
-from vlm_jax.training import digests, storage
+from vlm_jax.training import digests
 from vlm_jax.training.checkpoint_arrays import read_on_host, read_onto_devices
 from vlm_jax.training.checkpoint_format import Damaged, DamagedCheckpoint, check_metadata, compare, complete, one_line, read_meta
 from vlm_jax.training.checkpoint_keeper import Keeper

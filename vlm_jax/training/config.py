@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_collections as ml
 
+from vlm_jax import storage
 from vlm_jax.errors import CheckpointError, ConfigError, did_you_mean
 from vlm_jax.settings import choose, plain
 from vlm_jax.training.config_values import assign, parse_text, section_keys, split_list
@@ -38,6 +39,7 @@ CONFIG_KEYS: dict[str, Any] = {
     "log_every": 10,
     "guard": {"nonfinite": "stop", "spike": None, "in_a_row": 10},
     "watchdog": {"seconds": 1800},
+    "sdc_check_every": None,    # every so many steps one is taken twice and compared (silent_corruption.py)
 }
 SECTIONS = ("model", "processor", "task", "mesh", "dtypes", "evaluations", "checkpoint", "guard", "watchdog")   # the keys above that hold a mapping
 
@@ -169,14 +171,9 @@ def save_config(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     Raises:
       CheckpointError: if the workdir cannot be written.
     """
-    from etils import epath
     resolved = resolve(config)
-    folder = epath.Path(workdir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "config.json.partial"   # a reader never sees half a file
-        partial.write_text(json.dumps(resolved, indent=2) + "\n")
-        partial.replace(folder / "config.json")
+        storage.write_whole(os.path.join(os.fspath(workdir), "config.json"), (json.dumps(resolved, indent=2) + "\n").encode())
     except OSError as error:
         raise CheckpointError(f"{workdir}: cannot write config.json ({error.strerror or error}); choose a workdir that you may write.") from error
     return resolved
@@ -254,6 +251,9 @@ def _check_sections(values: Mapping[str, Any]) -> None:
     seconds = values["watchdog"]["seconds"]
     if seconds is not None and (type(seconds) not in (int, float) or not seconds > 0):
         raise ConfigError(f"config.watchdog.seconds is {seconds!r}; it must be a positive number, or None for no watchdog.")
+    every = values["sdc_check_every"]
+    if every is not None and (type(every) is not int or every < 1):
+        raise ConfigError(f"config.sdc_check_every is {every!r}; it must be an integer of at least 1, or None for no check.")
     for name, settings in values["evaluations"].items():
         where = f"config.evaluations.{name}"
         if not isinstance(settings, dict) or "evaluator" not in settings:

@@ -14,7 +14,7 @@ import sys
 from typing import Any
 import warnings
 
-from vlm_jax.training.append_file import is_remote
+from vlm_jax import storage
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "array_record", "ml_collections",
             "sentencepiece", "numpy", "Pillow", "emoji")
@@ -57,12 +57,7 @@ def write_environment(workdir: str | os.PathLike, extra: Mapping[str, Any] | Non
         return
     text = json.dumps({**environment(), **(extra or {})}, indent=2) + "\n"
     path = os.path.join(os.fspath(workdir), "environment.json")
-    if is_remote(path):
-        from etils import epath
-        epath.Path(path).write_text(text)
-        return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    Path(path).write_text(text)
+    storage.write_whole(path, text.encode())
 
 
 def scrub(arguments: Sequence[str]) -> list[str]:

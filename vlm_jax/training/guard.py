@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 import numpy as np
 
+from vlm_jax import storage
 from vlm_jax.errors import ConfigError, DivergedError, did_you_mean
 from vlm_jax.settings import call
-from vlm_jax.training.append_file import is_remote
 
 ACTIONS = ("stop", "skip")
 WINDOW = 128
@@ -169,10 +169,4 @@ def _example_ids(local: np.ndarray) -> list[int]:
 
 
 def _replace(path: str, text: str) -> None:
-    if is_remote(path):
-        from etils import epath
-        epath.Path(path).write_text(text)
-        return
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(f"{path}.tmp", path)
+    storage.write_whole(path, text.encode())

@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 from vlm_jax.errors import CheckpointError
+from vlm_jax.storage import is_remote
 from vlm_jax.training.remote_lock import RemoteLock
-from vlm_jax.training.storage import is_remote
 
 NAME = "train.lock"
 _log = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from typing import Any
 
 from vlm_jax import faults
 from vlm_jax.errors import CheckpointError
-from vlm_jax.training.append_file import AppendFile, is_remote
+from vlm_jax.storage import is_remote
+from vlm_jax.training.append_file import AppendFile
 from vlm_jax.training.tensorboard import TensorBoardWriter
 
 # Fields of metrics.jsonl that differ between two runs of the same seed; all others are bit-identical.

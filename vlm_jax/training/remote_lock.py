@@ -16,8 +16,8 @@ import time
 from typing import Any
 import uuid
 
+from vlm_jax import storage
 from vlm_jax.errors import CheckpointError
-from vlm_jax.training import storage
 
 BEAT_SECONDS, STALE_SECONDS, POLL_SECONDS = 10.0, 120.0, 1.0
 _log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.training.append_file import is_remote
+from vlm_jax.storage import is_remote
 
 
 def read_evaluations(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:

@@ -63,7 +63,7 @@ def lines_between(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str
 
 def check_same_run(config: Mapping[str, Any], workdir: str | os.PathLike) -> None:
     """Raises where the workdir's config.json is of another model, preprocessing, task, seed or data, with the +/- lines; before anything is built."""
-    from vlm_jax.training import storage
+    from vlm_jax import storage
     from vlm_jax.training.config import load_saved
     if not storage.exists(os.path.join(os.fspath(workdir), "config.json")):
         return

@@ -67,6 +67,8 @@ def init_from(params: Any, *, workdir: str | os.PathLike | None = None, previous
             *(f"  {line}" for line in sorted(differences)[:SHOWN]), *more]))
     if not filled:
         raise CheckpointError(f"init_from {source}: no parameter of it is in this model; correct init_from.mapping.")
+    print(f"init_from {source}: {len(filled)} parameters taken; {_listed([path for path in ours if path not in filled], 'left as initialised')}; "
+          f"{_listed([path for path in theirs if path not in filled], 'of theirs unused')}", flush=True)
     return unflatten({path: filled.get(path, leaf) for path, leaf in ours.items()})
 
 
@@ -123,3 +125,9 @@ def fit(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | No
 
 def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"
+
+
+def _listed(paths: list[str], what: str) -> str:
+    """`2 left as initialised (head, scale)`, three names at most."""
+    names = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+    return f"{len(paths)} {what}{f' ({names})' if paths else ''}"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import os
 import time
 from typing import Any, TypeVar
+import uuid
 
 from vlm_jax.errors import CheckpointError
 
@@ -73,7 +74,7 @@ def create_if_absent(path: Any, data: bytes) -> bool:
 
 
 def write(path: Any, data: bytes) -> None:
-    """Writes or replaces a whole file. On a local disk it is flushed to the disk; a kill may leave it cut short."""
+    """Writes or replaces a whole file, in a folder that exists. On a local disk it is flushed to the disk; a kill may leave it cut short."""
     if is_remote(path):
         patiently(path, lambda: path_of(path).write_bytes(data))
         return
@@ -81,6 +82,22 @@ def write(path: Any, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_whole(path: Any, data: bytes) -> None:
+    """Writes or replaces a file so that a reader finds the old one, the new one, or none, never a part; makes its folder."""
+    if is_remote(path):
+        write(path, data)
+        return
+    path = os.fspath(path)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        write(temporary, data)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def read(path: Any, limit: int | None = None) -> bytes | None:
