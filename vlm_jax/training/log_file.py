@@ -4,7 +4,7 @@ import sys
 import threading
 from typing import TextIO
 
-from vlm_jax.training.append_file import is_remote
+from vlm_jax.storage import is_remote
 
 LARGEST_BYTES = 10 * 2**20
 KEPT = 5      # log.1.txt, the newest of the older ones, ... log.4.txt
@@ -54,7 +54,7 @@ class LogFile:
                 return
             try:
                 self._file.write(text.encode(errors="replace"))
-                if self._file.tell() >= self._largest:
+                if text.endswith("\n") and self._file.tell() >= self._largest:
                     self._rotate()
             except OSError:      # the terminal has it
                 pass

@@ -7,9 +7,10 @@ import threading
 import time
 
 from vlm_jax.errors import HangError
-from vlm_jax.training.append_file import is_remote
+from vlm_jax.storage import is_remote
 
 COMPILE_SECONDS = 7200.0   # what compiling a step may take, where `seconds` is less
+START_SECONDS = 900.0      # what a start-up, a restore or a batch of an evaluation may take: each compiles something smaller
 _SHARE = 20                # the time is looked at so many times in `seconds`, at most every 5 seconds
 _WRITE_SECONDS = 5.0       # what writing hang.txt may take: the file system may be what hangs
 
