@@ -26,7 +26,7 @@ from vlm_jax.training.profile import Profile
 from vlm_jax.training.report import write_report
 from vlm_jax.training.saving import Saver
 from vlm_jax.training.transfer import init_from
-from vlm_jax.training.watchdog import COMPILE_SECONDS, Watchdog
+from vlm_jax.training.watchdog import COMPILE_SECONDS, START_SECONDS, Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,7 @@ def train(config, workdir: str | os.PathLike, *, profile: str | None = None, dev
     workdir = os.fspath(workdir)
     policy = config["checkpoint"]
     with Preemption() as preemption, Watchdog(config["watchdog"]["seconds"], os.path.join(workdir, "hang.txt")) as watchdog:
+        watchdog.beat("start-up", START_SECONDS)
         faults.point("loop.start")
         prepare_workdir(workdir)
         folder = os.path.join(workdir, "checkpoints")
@@ -78,7 +79,7 @@ def train(config, workdir: str | os.PathLike, *, profile: str | None = None, dev
               Checkpoints(folder, policy["keep"], policy["keep_every"], policy["keep_hours"], allowed=lock.check) as checkpoints):
             run_identity.check_same_run(config, workdir)
             use_compile_cache()
-            watchdog.beat("restoring")
+            watchdog.beat("building and restoring", START_SECONDS)
             step, parts, state = restore_or_begin(config, stages, checkpoints, devices)
             faults.point("loop.restored")
             machine = flops.measure_matmul_peak()
@@ -209,7 +210,7 @@ def run_evaluations(run: Run, names: Sequence[str], parts: setup.Parts, state, s
     from vlm_jax.evaluation.predictor import Predictor
 
     def on_progress() -> None:
-        run.watchdog.beat("an evaluation")
+        run.watchdog.beat("an evaluation", START_SECONDS)
         if run.preemption.should_stop():
             raise Abandoned
 
