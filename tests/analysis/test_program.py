@@ -26,11 +26,10 @@ def test_local_programs_of_training_and_evaluation():
 
 def test_files_of_a_published_config_need_not_exist():
     """Its shards and tokenizer are nowhere."""
-    config = load_config("configs/siglip/b16_webli.py")
+    config = load_config("configs/siglip/b16_webli.py:topology=cpu-2")
     config.model = dict(name="siglip", preset="test")
-    config.stages[0].data.pairs.batch_size = 16
-    (program,) = compile_programs(config, "cpu-2", [{}])
-    assert program.mesh["data"] * program.mesh["fsdp"] == 2 and program.memory is not None
+    (program,) = compile_programs(config, "cpu-2", [{"batch": 16}])
+    assert program.mesh["data"] * program.mesh["fsdp"] == 2 and program.memory is not None and program.rows == {"pairs": 16}
 
 
 def test_errors_come_back_from_the_child():
