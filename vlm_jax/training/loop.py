@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlm_jax import distributed, faults
+from vlm_jax import distributed, faults, storage
 from vlm_jax.errors import CheckpointError, ConfigError, DivergedError
-from vlm_jax.sharding.mesh import put_batch
+from vlm_jax.sharding.mesh import put_batch, to_host
 from vlm_jax.training import flops, run_identity, setup
 from vlm_jax.training.checkpoints import Checkpoints, DamagedCheckpoint
 from vlm_jax.training.config import resolve, save_config
@@ -25,6 +25,7 @@ from vlm_jax.training.preemption import Abandoned, Preemption
 from vlm_jax.training.profile import Profile
 from vlm_jax.training.report import write_report
 from vlm_jax.training.saving import Saver
+from vlm_jax.training.silent_corruption import taken_twice
 from vlm_jax.training.transfer import init_from
 from vlm_jax.training.watchdog import COMPILE_SECONDS, START_SECONDS, Watchdog
 
@@ -144,7 +145,8 @@ def run_stage(run: Run, parts: setup.Parts, step: int, state):
             step_flops = flops.training_flops(parts.task, state["params"], state["task"], batch, parts.rules)
             progress.compiling()
             watchdog.beat("compiling the training step", COMPILE_SECONDS)
-        state, metrics = parts.step(state, batch, np.int32(step))
+        checked = config["sdc_check_every"] and (step + 1) % config["sdc_check_every"] == 0
+        state, metrics = (taken_twice(parts.step, state, batch, np.int32(step)) if checked else parts.step(state, batch, np.int32(step)))
         step += 1
         if simulated:
             jax.block_until_ready(state)
@@ -281,7 +283,7 @@ def restore_or_begin(config, stages, checkpoints: Checkpoints, devices):
 def next_stage(config, stages, done: setup.Parts, state, devices):
     """Returns (parts, state) of the stage after `done`, whose parameters are handed over."""
     parts = setup.build(config, done.stage.index + 1, stages, devices)
-    begun = begin(parts, jax.device_get(state.get("ema", state["params"])))
+    begun = begin(parts, to_host(state.get("ema", state["params"])))
     begun["guard"]["skipped"] = jax.device_put(jax.device_get(state["guard"]["skipped"]), parts.abstract_state["guard"]["skipped"].sharding)
     return parts, begun
 
@@ -295,7 +297,7 @@ def begin(parts: setup.Parts, previous):
     from_previous = settings.pop("previous", False)
     if from_previous and previous is None:
         raise ConfigError(f"stages[{parts.stage.index}].init_from.previous: there is no stage before the first; name a workdir.")
-    fresh = jax.device_get(parts.initial_state()["params"])
+    fresh = to_host(parts.initial_state()["params"])
     return parts.initial_state(init_from(fresh, previous=previous if from_previous else None, **settings))
 
 
@@ -303,12 +305,12 @@ def prepare_workdir(workdir: str) -> None:
     """Makes the workdir and proves that it can be written."""
     probe = os.path.join(workdir, ".writable")
     try:
-        os.makedirs(workdir, exist_ok=True)
-        with open(probe, "w"):
-            pass
-        os.remove(probe)
+        if not storage.is_remote(workdir):
+            os.makedirs(workdir, exist_ok=True)
+        storage.write(probe, b"")
+        storage.remove(probe)
     except OSError as error:
-        raise CheckpointError(f"{workdir}: the workdir cannot be written ({error.strerror}); choose another --workdir or mend its permissions.") from None
+        raise CheckpointError(f"{workdir}: cannot be written ({error.strerror or error}); choose another --workdir or mend its permissions.") from None
 
 
 def announce(parts: setup.Parts, config: Mapping[str, Any], workdir: str) -> None:
