@@ -11,7 +11,6 @@ def test_a_switch_is_compiled_and_counted():
     devices = jax.devices()[:2]
     base, kept = (run.figures(run.compile_switch(switch, devices, model=model, batch=4)) for switch in ({}, run.SWITCHES["donate=False"]))
     assert base["aliased"] > 0 and kept["aliased"] == 0
-    assert kept["peak"] >= base["peak"] + 0.9 * base["aliased"]
     assert "peak" in run.line_of(dict(base, platform="cpu", switch="base"))
 
 
