@@ -14,10 +14,10 @@ from vlm_jax.analysis.program import child_environment
 from vlm_jax.sharding.topologies import parse_topology
 
 TOPOLOGIES = ("v5e-8", "v5e-64", "v5e-256")
-ROWS, WIDTH = 128, 1152   # of So400m/14 at batch 32,768 on 256 chips
+ROWS, WIDTH = (512, 128), 1152   # pairs a chip of So400m/14 at batch 32,768 on 64 and on 256 chips; the first one gives the figures
 
 
-def peak(name: str, chunked: bool, rows: int = ROWS, width: int = WIDTH) -> int:
+def peak(name: str, chunked: bool, rows: int, width: int = WIDTH) -> int:
     """Bytes a chip (arguments, results, temporaries) of value and gradient with respect to embeddings and scalars; runs in the child."""
     import jax
     import jax.numpy as jnp
@@ -37,7 +37,7 @@ def peak(name: str, chunked: bool, rows: int = ROWS, width: int = WIDTH) -> int:
     return stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
 
 
-def in_child(name: str, chunked: bool, rows: int = ROWS, width: int = WIDTH) -> int:
+def in_child(name: str, chunked: bool, rows: int, width: int = WIDTH) -> int:
     """`peak` in a process that can compile for an absent TPU."""
     code = f"from experiments.loss_scaling.run import peak; print('PEAK', peak({name!r}, {chunked}, {rows}, {width}))"
     done = subprocess.run([sys.executable, "-c", code], env=child_environment(parse_topology(name)), capture_output=True, text=True, timeout=1800, check=False)
@@ -51,16 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures both forms of the loss and writes results.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topologies", nargs="*", default=list(TOPOLOGIES))
-    parser.add_argument("--rows", type=int, default=ROWS, help="pairs a chip")
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="pairs a chip")
     options = parser.parse_args(arguments)
-    table = {}
-    for name in options.topologies:
-        chips = parse_topology(name).size
-        table[chips] = {"chunked": in_child(name, True, options.rows), "all_pairs": in_child(name, False, options.rows)}
-        print(json.dumps({chips: table[chips]}), flush=True)
-    sizes = [row["chunked"] for row in table.values()]
-    metrics = {f"peak_bytes_{chips}_chips": row["chunked"] for chips, row in table.items()}
-    metrics |= {"largest_growth": max(sizes) / sizes[0] - 1, "largest_change": max(abs(size / sizes[0] - 1) for size in sizes)}
+    table: dict[int, dict[int, dict[str, int]]] = {}
+    for rows in options.rows:
+        for name in options.topologies:
+            chips = parse_topology(name).size
+            table.setdefault(rows, {})[chips] = {"chunked": in_child(name, True, rows), "all_pairs": in_child(name, False, rows)}
+            print(f"{rows} pairs a chip, {chips} chips: " + ", ".join(f"{form} {size:,} bytes" for form, size in table[rows][chips].items()), flush=True)
+    metrics: dict[str, float] = {f"peak_bytes_{chips}_chips": row["chunked"] for chips, row in table[options.rows[0]].items()}
+    for rows, by_chips in table.items():
+        sizes = [row["chunked"] for row in by_chips.values()]
+        suffix = "" if rows == options.rows[0] else f"_{rows}_pairs"
+        metrics |= {f"largest_growth{suffix}": max(sizes) / sizes[0] - 1, f"largest_change{suffix}": max(abs(size / sizes[0] - 1) for size in sizes)}
     write_results(Path(__file__).parent, metrics, rows_a_chip=options.rows, width=WIDTH, table=table)
 
 
