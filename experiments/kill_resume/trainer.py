@@ -72,7 +72,7 @@ def start(workdir: str | os.PathLike, cache: str | os.PathLike, moment: Moment |
                  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
                  "VLM_JAX_FAULT": ",".join(faults), "VLM_JAX_FAULT_TRACE": os.fspath(trace), **(environment or {})}
     command = [sys.executable, "-m", "vlm_jax.train", "--config", config, "--workdir", os.fspath(workdir), *overrides]
-    began = time.monotonic()
+    began, memory = time.monotonic(), _shared_memory()
     with open(workdir.with_name(workdir.name + ".log"), "w+") as log:
         child = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -87,7 +87,7 @@ def start(workdir: str | os.PathLike, cache: str | os.PathLike, moment: Moment |
         output = log.read()
     seconds = time.monotonic() - began
     where = place([line.split()[1] for line in _lines(trace)], moment.point if moment and moment.exact else None) if code == -signal.SIGKILL else None
-    return Outcome(code, where, seconds, leftovers(child.pid), output)
+    return Outcome(code, where, seconds, leftovers(child.pid, memory), output)
 
 
 def place(passed: Sequence[str], killed_at: str | None = None) -> str:
@@ -113,11 +113,16 @@ def place(passed: Sequence[str], killed_at: str | None = None) -> str:
     return {"loop.start": "start", "loop.end": "end"}.get(loop, "step")
 
 
-def leftovers(session: int) -> list[str]:
-    """Processes of the killed trainer's session and shared memory that no living process maps, once they had time to go away."""
+def leftovers(session: int, memory: set[str]) -> list[str]:
+    """Processes of the killed trainer's session and shared memory that was not in `memory` before it, once both had time to go away.
+
+    Other programs on the machine have shared memory as well, but theirs is mapped, or comes and goes.
+    """
     deadline = time.monotonic() + LEFTOVER_LIMIT
-    while (found := _processes(session) + _unmapped_memory()) and time.monotonic() < deadline:
+    left = _shared_memory() - memory
+    while (found := _processes(session) + sorted(left)) and time.monotonic() < deadline:
         time.sleep(0.1)
+        left &= _unmapped(_shared_memory())
     return found
 
 
@@ -148,14 +153,18 @@ def _processes(session: int) -> list[str]:
     return found
 
 
-def _unmapped_memory() -> list[str]:
-    """Names of Python's shared memory that no living process has mapped."""
+def _shared_memory() -> set[str]:
+    """Names of Python's shared memory on this machine."""
     folder = Path("/dev/shm")
-    names = {path.name for path in folder.glob("psm_*")} if folder.exists() else set()
+    return {path.name for path in folder.glob("psm_*")} if folder.exists() else set()
+
+
+def _unmapped(names: set[str]) -> set[str]:
+    """Those that no living process has mapped."""
     for entry in Path("/proc").glob("[0-9]*/maps") if names else ():
         try:
             text = entry.read_text()
         except OSError:
             continue
-        names -= {name for name in names if name in text}
-    return sorted(names)
+        names = {name for name in names if name not in text}
+    return names

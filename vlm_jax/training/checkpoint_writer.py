@@ -4,6 +4,7 @@ Orbax copies the arrays to the host, writes them in a thread, and commits: on a 
 store, which cannot rename, it counts once a marker file is there. The metadata is written by us in between, when the digests are known.
 """
 from collections.abc import Callable, Mapping
+import logging
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ class Writer:
         self._committed = committed
         self._described: dict[str, Callable[[], bytes]] = {}
         # Folders made asynchronously would, where that fails, leave the other threads waiting for them for minutes.
+        logging.getLogger("absl").addFilter(_said_by_us)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler()),
                                             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                                             temporary_path_class=self._commit_class(storage.is_remote(folder)))
@@ -76,3 +78,8 @@ class Writer:
                 writer._committed(int(step))
 
         return Commit
+
+
+def _said_by_us(record: logging.LogRecord) -> bool:
+    """Whether a log record of Orbax is to be shown: the page that it prints for a failed save is not, since `raise_failed` and `wait` raise the same error."""
+    return not (record.levelno == logging.ERROR and "background save thread" in record.getMessage())
