@@ -18,7 +18,7 @@ def study(tmp_path_factory):
 
 
 def test_a_run_killed_where_it_hurts_ends_as_the_undisturbed_one(study):
-    found = [study.kill(Moment("checkpoint.before_commit", 2)), study.kill(Moment("loop.evaluate", 1), workers=1), study.kill(Moment("checkpoint.verify", 1)),
+    found = [study.kill(Moment("checkpoint.before_commit", 2)), study.kill(Moment("loop.evaluate", 1)), study.kill(Moment("checkpoint.verify", 1)),
              study.kill(Moment("checkpoint.collecting", 1))]
     assert found == ["save", "evaluation", "restore", "collection"]
     study.finish()

@@ -21,10 +21,10 @@ def resident(process):
     return 1024 * int(fields["RssAnon"].split()[0])
 
 
-def growth(samples):
-    """The median of the last tenth of the samples over that of the tenth after the first third."""
-    third, tenth = len(samples) // 3, max(1, len(samples) // 10)
-    return statistics.median(samples[-tenth:]) / statistics.median(samples[third:third + tenth])
+def growth(samples, of=statistics.median):
+    """The median (or what `of` says) of the last third of the samples over that of the middle third."""
+    third = len(samples) // 3
+    return of(samples[-third:]) / of(samples[third:2 * third])
 
 
 @pytest.mark.slow
@@ -52,5 +52,6 @@ def test_memory_and_open_files_stay_flat(tmp_path):
         child.wait()
     assert child.returncode == 0, (tmp_path / "output").read_text()[-2000:]
     assert len(samples["memory"]) >= 20
-    print({name: (values[0], values[-1], round(growth(values), 3)) for name, values in samples.items()})
-    assert growth(samples["memory"]) < 1.05 and growth(samples["files"]) < 1.05
+    # A save has files open while it runs: what counts is what is open between saves.
+    print(growth(samples["memory"]), growth(samples["files"], min))
+    assert growth(samples["memory"]) < 1.05 and growth(samples["files"], min) < 1.05
