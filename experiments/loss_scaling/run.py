@@ -4,7 +4,6 @@
 """
 import argparse
 from collections.abc import Sequence
-import json
 from pathlib import Path
 import subprocess
 import sys

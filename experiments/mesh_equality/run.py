@@ -130,7 +130,7 @@ def run_apart(run: dict[str, Any], steps: int, seed: int, timeout: float = 1800)
         losses = [json.loads(Path(folder, f"{number}.json").read_text()) for number in range(processes)]
         if any(other != losses[0] for other in losses):
             raise RuntimeError(f"the run on {run}: the processes report different losses.")
-        with np.load(os.path.join(folder, "gradients.npz")) as gradients:
+        with np.load(os.path.join(folder, "gradients.npz"), allow_pickle=False) as gradients:
             return losses[0], {path.replace("|", "/"): gradients[path] for path in gradients}
 
 

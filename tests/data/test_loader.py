@@ -220,7 +220,7 @@ def test_importing_the_loader_imports_neither_grain_nor_jax():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is Linux's")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/shm and /proc are Linux's")
 def test_a_killed_trainer_leaves_neither_workers_nor_shared_memory(tmp_path):
     prefix = f"t{os.getpid() % 100_000}_"
     script = tmp_path / "trainer.py"

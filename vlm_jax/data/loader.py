@@ -6,11 +6,11 @@ number of threads, workers or hosts, and the position of a run is one integer.
 """
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-import ctypes
 import gc
-import signal
-import sys
+import multiprocessing
+import os
 import threading
+import time
 from typing import Any
 
 from jaxtyping import Int64
@@ -25,7 +25,6 @@ from vlm_jax.errors import ConfigError, DataError
 BUDGET_WINDOW = 10_000
 _REPORT = "_report"
 _PROBES = 64
-_PR_SET_PDEATHSIG = 1
 
 
 class Loader:
@@ -255,7 +254,18 @@ def _mark_flags_parsed() -> None:
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
-    """Runs in each worker at its start: on Linux, the worker dies with the trainer, even if that is killed."""
+    """Runs in each worker at its start: the worker ends a second after the trainer, even one that is killed.
+
+    Not at once, as the kernel's parent-death signal would do: a block of shared memory is registered for removal after it is made, and a death in
+    between leaks it.
+    """
     del worker, workers
-    if sys.platform.startswith("linux") and threading.current_thread() is threading.main_thread():
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    trainer = multiprocessing.parent_process()
+
+    def watch() -> None:
+        while os.getppid() == trainer.pid:
+            time.sleep(0.5)
+        time.sleep(1)
+        os._exit(1)
+    if trainer is not None:
+        threading.Thread(target=watch, name="vlm_jax trainer", daemon=True).start()
