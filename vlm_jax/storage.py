@@ -5,9 +5,10 @@ object store are repeated a few times. What has to be exclusive (the lock, the l
 """
 from collections.abc import Callable
 import os
+import re
+import socket
 import time
 from typing import Any, TypeVar
-import uuid
 
 from vlm_jax.errors import CheckpointError
 
@@ -85,19 +86,37 @@ def write(path: Any, data: bytes) -> None:
 
 
 def write_whole(path: Any, data: bytes) -> None:
-    """Writes or replaces a file so that a reader finds the old one, the new one, or none, never a part; makes its folder."""
+    """Writes or replaces a file so that a reader finds the old one, the new one, or none, never a part; makes its folder.
+
+    On a local disk it is written beside its place first; what a process of this machine that was killed left there is removed.
+    """
     if is_remote(path):
         write(path, data)
         return
     path = os.fspath(path)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    folder, name = os.path.split(path)
+    os.makedirs(folder or ".", exist_ok=True)
+    beside = re.compile(re.escape(f"{name}.{socket.gethostname()}-") + r"(\d+)\.tmp")
+    for entry in os.listdir(folder or "."):
+        if (match := beside.fullmatch(entry)) and not _alive(int(match[1])):
+            remove(os.path.join(folder, entry))
+    temporary = f"{path}.{socket.gethostname()}-{os.getpid()}.tmp"
     try:
         write(temporary, data)
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def read(path: Any, limit: int | None = None) -> bytes | None:
