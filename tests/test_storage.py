@@ -12,7 +12,8 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     ended.wait()
     host = socket.gethostname()
     left = tmp_path / f"metrics.json.{host}-{ended.pid}.tmp"
-    kept = [tmp_path / f"metrics.json.{host}-{os.getppid()}.tmp", tmp_path / f"metrics.json.elsewhere-{ended.pid}.tmp", tmp_path / f"other.json.{host}-{ended.pid}.tmp"]
+    kept = [tmp_path / f"metrics.json.{host}-{os.getppid()}.tmp", tmp_path / f"metrics.json.elsewhere-{ended.pid}.tmp",
+            tmp_path / f"other.json.{host}-{ended.pid}.tmp"]
     for path in (left, *kept):
         path.write_text("half")
     storage.write_whole(tmp_path / "metrics.json", b"whole")
