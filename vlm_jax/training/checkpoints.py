@@ -27,6 +27,7 @@ from vlm_jax.training.checkpoint_writer import Writer
 from vlm_jax.training.trees import flatten, unflatten
 
 __all__ = ["Checkpoints", "DamagedCheckpoint", "flatten", "restore_parameters"]
+_PAUSE_SECONDS = 0.05
 _RETRIES = 20               # how often a reader begins anew because the step it was reading was deleted
 _POLL_SECONDS = 0.5
 _log = logging.getLogger(__name__)
@@ -238,6 +239,12 @@ class Checkpoints:
     def candidates(self, step: int | None = None) -> list[int]:
         """The steps to try, newest first, or the given one. Raises a CheckpointError where there is none."""
         present = self.steps()
+        for _ in range(_RETRIES):
+            # A trainer may have deleted the only step of the listing before it was looked at; the one saved in its place is in the next listing.
+            if present or last_good(self.folder) is None:
+                break
+            time.sleep(_PAUSE_SECONDS)
+            present = self.steps()
         if step is not None and step not in present:
             raise CheckpointError(f"{self.folder}: there is no checkpoint of step {step}; there are: {', '.join(map(str, present)) or 'none'}.")
         if not present:
