@@ -146,7 +146,7 @@ def test_a_killed_launcher_leaves_no_orphan(tmp_path):
     running = subprocess.Popen([sys.executable, "-m", "vlm_jax.launch", "--processes", "2", "--", *command(WAIT, tmp_path)], cwd=ROOT)
     eventually(lambda: all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in "01"))
     running.kill()
-    running.wait()
+    assert running.wait() == -signal.SIGKILL
     eventually(lambda: not any(alive(int((tmp_path / name).read_text())) for name in "01"))
 
 

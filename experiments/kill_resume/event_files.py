@@ -13,13 +13,13 @@ def curves(folder: str | os.PathLike) -> dict[str, Curve]:
     found: dict[str, Curve] = {}
     for path in sorted(Path(folder).glob("events.out.tfevents.*")):
         for record in _records(path.read_bytes()):
-            event = _message(record)
+            event = message(record)
             step = event.get(2, [0])[0]
             if 7 in event:      # session_log: a start at `step`
                 found = {tag: [point for point in points if point[0] < step] for tag, points in found.items()}
             for summary in event.get(5, []):
-                for value in _message(summary).get(1, []):
-                    fields = _message(value)
+                for value in message(summary).get(1, []):
+                    fields = message(value)
                     found.setdefault(fields[1][0].decode(), []).append((step, fields[2][0]))
     return {tag: points for tag, points in found.items() if points}
 
@@ -33,7 +33,7 @@ def _records(content: bytes) -> Iterator[bytes]:
         content = content[16 + length:]
 
 
-def _message(data: bytes) -> dict[int, list[Any]]:
+def message(data: bytes) -> dict[int, list[Any]]:
     """{field: values} of a protocol buffer."""
     fields: dict[int, list[Any]] = {}
     at = 0

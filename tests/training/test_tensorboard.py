@@ -5,6 +5,7 @@ import struct
 from hypothesis import given, strategies as st
 import pytest
 
+from experiments.kill_resume.event_files import message
 from vlm_jax.training.tensorboard import TensorBoardWriter, crc32c, frame, masked_crc32c
 
 
@@ -15,34 +16,6 @@ def records(content):
         assert check == masked_crc32c(content[:8]) and data_check == masked_crc32c(data)
         content = content[16 + length:]
         yield data
-
-
-def varint(data, at):
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value, shift, at = value | (byte & 0x7F) << shift, shift + 7, at + 1
-        if byte < 0x80:
-            return value, at
-
-
-def message(data):
-    """{field: [values]} of a protocol buffer."""
-    fields, at = {}, 0
-    while at < len(data):
-        key, at = varint(data, at)
-        field, kind = key >> 3, key & 7
-        if kind == 0:
-            value, at = varint(data, at)
-        elif kind == 1:
-            value, at = struct.unpack_from("<d", data, at)[0], at + 8
-        elif kind == 5:
-            value, at = struct.unpack_from("<f", data, at)[0], at + 4
-        else:
-            length, at = varint(data, at)
-            value, at = data[at:at + length], at + length
-        fields.setdefault(field, []).append(value)
-    return fields
 
 
 def write(folder):
