@@ -97,10 +97,21 @@ def test_first_hour_errors_are_one_line(arguments, message, code, capsys, monkey
     assert re.search(message, printed), printed
 
 
-def test_dry_run_of_a_large_config_prints_shapes_without_allocating(capsys):
-    train.run(["--config", "configs/siglip/so400m14_webli.py:variant=test", "--dry_run"])
+def test_dry_run_of_a_large_config_needs_neither_data_nor_memory(capsys):
+    train.run(["--config", "configs/siglip/so400m14_webli.py:topology=local", "--dry_run", ONE])   # its data and tokenizer are not on this machine
     printed = capsys.readouterr().out
-    assert "parameters" in printed and "TFLOP" in printed and "temporaries" in printed
+    assert "877,360,306 parameters" in printed and "TFLOP" in printed and "training state" in printed
+
+
+@pytest.mark.parametrize("vendor, told", [("0x1ae0", False), ("0x8086", True)])
+def test_libtpu_is_told_that_there_is_no_tpu_only_where_there_is_none(vendor, told, tmp_path, monkeypatch):
+    environment = {}
+    monkeypatch.setattr(command_line.os, "environ", environment)
+    monkeypatch.setattr(command_line, "find_spec", lambda name: object())
+    (tmp_path / "0000:00:04.0").mkdir()
+    (tmp_path / "0000:00:04.0" / "vendor").write_text(vendor + "\n")
+    command_line._quiet_libtpu(tmp_path)
+    assert set(environment) == ({"TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"} if told else set())
 
 
 def test_print_config_is_json(capsys):

@@ -1,4 +1,7 @@
-"""`--dry_run`: what a config would train, without training it: shapes, parameters, shardings, FLOPs, memory."""
+"""`--dry_run`: what a config would train, from its shapes alone: parameters and their rules, shardings, FLOPs, memory of the training state.
+
+Nothing is read, allocated or compiled; what the compiled programs need, `python -m vlm_jax.compile` says.
+"""
 from typing import Any
 
 import jax
@@ -26,17 +29,17 @@ def abstract_batch(parts: setup.Parts) -> dict[str, dict[str, jax.ShapeDtypeStru
     return batch
 
 
-def dry_run(config, *, compile_step: bool = True, devices=None) -> str:
-    """Returns a text: for every stage its parameter table, batch, FLOPs a step and, from the compiled step, the memory of a device.
+def dry_run(config, devices=None) -> str:
+    """Returns a text: for every stage its parameter table, batch, FLOPs a step and bytes of the training state on a device.
 
     Raises:
-      ConfigError: for whatever training would refuse.
+      ConfigError: for whatever training would refuse, but for data and tokenizers, which are not read.
     """
     config = resolve(config)
     stages = setup.read(config)
     texts = [f"{config['name']}: {len(stages)} stage(s), {stages[-1].last:,} steps"]
     for index in range(len(stages)):
-        parts = setup.build(config, index, stages, devices)
+        parts = setup.build(config, index, stages, devices, data=False)
         batch = abstract_batch(parts)
         with jax.set_mesh(parts.mesh):
             operations = flops.training_flops(parts.task, parts.abstract_state["params"], parts.abstract_state["task"], batch, parts.rules)
@@ -45,11 +48,6 @@ def dry_run(config, *, compile_step: bool = True, devices=None) -> str:
             texts += [f"{name}: " + ", ".join(f"{key} {leaf.dtype}{list(leaf.shape)}" for key, leaf in stream.items()) for name, stream in batch.items()]
             texts.append(f"{operations / 1e12:,.3f} TFLOP of matrix products a step")
             texts.append(f"training state: {state_bytes(parts.abstract_state) / 1e9:,.3f} GB a device")
-            if compile_step:
-                memory = parts.step.lower(parts.abstract_state, batch, jax.ShapeDtypeStruct((), np.int32)).compile().memory_analysis()
-                if memory is not None:
-                    texts.append(f"compiled step: {memory.temp_size_in_bytes / 1e9:,.3f} GB of temporaries a device, "
-                                 f"{memory.argument_size_in_bytes / 1e9:,.3f} GB of arguments")
     return "\n".join(texts)
 
 
