@@ -131,9 +131,9 @@ def _equation(equation: Any, inputs: list[bool], used: list[bool], back: list[bo
         work = _dot(equation) if name == "dot_general" else _convolution(equation)
         return work, work * sum(inputs[:2]) * any(back), everywhere
     if name == "scan":
-        split = values["num_consts"] + values["num_carry"]
-        forward, backward, outputs = _loop(values["jaxpr"].jaxpr, inputs[:values["num_consts"]], inputs[values["num_consts"]:split], inputs[split:],
-                                           used[values["num_carry"]:], back)
+        constants, carried = _scan_inputs(values)
+        split = constants + carried
+        forward, backward, outputs = _loop(values["jaxpr"].jaxpr, inputs[:constants], inputs[constants:split], inputs[split:], used[carried:], back)
         return forward * values["length"], backward * values["length"], outputs
     if name == "while":
         skipped = values["cond_nconsts"]
@@ -161,6 +161,14 @@ def _equation(equation: Any, inputs: list[bool], used: list[bool], back: list[bo
         used, back = [True] * len(jaxpr.outvars), [any(back)] * len(jaxpr.outvars)
     forward, backward, outputs = _walk(jaxpr, inputs, used, back)
     return forward * times, backward * times, outputs if len(outputs) == len(everywhere) else everywhere
+
+
+def _scan_inputs(values: Any) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many are carried; from JAX 0.12 on the primitive keeps trees in the place of the two numbers."""
+    if "num_consts" in values:
+        return values["num_consts"], values["num_carry"]
+    constants, carried, _ = values["ft_in"].unpack()
+    return len(constants), len(carried)
 
 
 def _loop(jaxpr: Jaxpr, constants: list[bool], carry: list[bool], rest: list[bool], used: list[bool],
