@@ -167,6 +167,6 @@ def get_config(arg=None):
 """)
     done = launched("train", "--config", config, "--workdir", tmp_path / "run", overrides=[], options=("--processes", "2", "--devices_per_process", "1"))
     assert done.returncode == 78
-    assert sorted(line for line in done.stderr.splitlines() if "error" in line) == [
+    assert sorted(line for line in done.stderr.splitlines() if "] error: " in line) == [
         f"[{n}] error: config.seed is 1 in process 1, 0 in process 0; start all with the same command and the same files." for n in (0, 1)]
     assert not (tmp_path / "run").exists()
