@@ -30,17 +30,17 @@ def presets(name: str) -> list[str]:
     return list(_load(choose(FAMILIES, name, "model.name")[1]))
 
 
-def settings(name: str, preset: str, **overrides: Any) -> dict[str, Any]:
-    """The settings of a preset with `overrides` merged into it, section by section, as `build` passes them to the model."""
+def settings(name: str, preset: str | None = None, **overrides: Any) -> dict[str, Any]:
+    """The settings of a preset (none: of the family's class) with `overrides` merged into it, section by section, as `build` passes them to the model."""
     table = _load(choose(FAMILIES, name, "model.name")[1])
-    return _merged(choose(table, preset, f'model.preset of "{name}"'), plain(overrides), "model")
+    return _merged(choose(table, preset, f'model.preset of "{name}"') if preset is not None else {}, plain(overrides), "model")
 
 
-def build(name: str, preset: str, *, dtypes: Mapping[str, str] | None = None, **overrides: Any) -> Any:
+def build(name: str, preset: str | None = None, *, dtypes: Mapping[str, str] | None = None, **overrides: Any) -> Any:
     """Builds a model; nothing is computed and no parameter made.
 
     Args:
-      name, preset: `families()` and `presets(name)`.
+      name, preset: `families()` and `presets(name)`; without a preset all settings come from `overrides`.
       dtypes: the config's section `{"params", "compute", "softmax", "frozen"}`, each a dtype's name; float32 where it is silent. The last is how training
         stores what it does not train, and nothing to the model.
       overrides: settings of the model, merged into the preset: `text=dict(length=28)` changes one setting of the text tower. A `variant` replaces
