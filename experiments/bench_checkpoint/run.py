@@ -80,7 +80,8 @@ def resume(batch_size: int, workdir: str) -> float:
     """Trains the demo's config for two steps, starts the same command again for a third, and returns the seconds from its start to the third step."""
     def command(steps: int) -> list[str]:
         return [sys.executable, "-u", "-m", "vlm_jax.train", "--config", f"{CONFIG}:steps={steps}", "--workdir", workdir, "--config.evaluations={}",
-                "--config.log_every=1", "--config.checkpoint.every=1", f"--config.stages.0.data.pairs.batch_size={batch_size}"]
+                "--config.log_every=1", "--config.checkpoint.every=1", "--config.stages.0.schedule.warmup=1",
+                f"--config.stages.0.data.pairs.batch_size={batch_size}"]
     subprocess.run(command(2), cwd=FOLDER.parents[1], check=True, stdout=subprocess.DEVNULL)
     began = time.perf_counter()
     with subprocess.Popen(command(3), cwd=FOLDER.parents[1], stdout=subprocess.PIPE, text=True) as child:
