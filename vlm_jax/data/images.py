@@ -295,3 +295,42 @@ class ClipPreprocessing:
     def __call__(self, image: Pixels, rng: np.random.Generator | None = None) -> Float[np.ndarray, "H W 3"]:
         image = CenterCrop(self.size)(ResizeShortest(self.size, "bicubic")(image))
         return Normalize()(ValueRange(0, 1)(image))
+
+
+@register("image", "flexible_patches")
+@dataclasses.dataclass(frozen=True)
+class FlexiblePatches:
+    """Pix2Struct's preprocessing: as many whole patches as `max_patches` allow, in the picture's own aspect ratio.
+
+    Lee et al., "Pix2Struct" (2023), section 2.1. The picture is standardised by its own mean and deviation (at least 1 / sqrt(number of values)), resized
+    to rows x columns patches with rows * columns <= max_patches, and cut. A row of the result is [row, column, patch_size^2 * 3 values]; rows and columns
+    count from 1, and what is left over is filled with zeros.
+    """
+    max_patches: int = 2048
+    patch_size: int = 16
+
+    def __post_init__(self):
+        for name, value in (("max_patches", self.max_patches), ("patch_size", self.patch_size)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Returns (rows, columns) of a picture of that many pixels."""
+        scale = (self.max_patches * (self.patch_size / height) * (self.patch_size / width)) ** 0.5
+        rows, columns = (max(min(int(scale * side / self.patch_size), self.max_patches), 1) for side in (height, width))
+        return rows, columns
+
+    def __call__(self, image: Pixels, rng: np.random.Generator | None = None) -> Float[np.ndarray, "P 2+K"]:
+        values = as_array(image).astype(np.float32)
+        rows, columns = self.grid(*values.shape[:2])
+        values = (values - values.mean(dtype=np.float64)) / max(values.std(dtype=np.float64), 1 / math.sqrt(values.size))
+        size = (columns * self.patch_size, rows * self.patch_size)
+        # Pillow resizes 32-bit float pictures of one channel without rounding.
+        planes = [np.asarray(Image.fromarray(np.ascontiguousarray(plane, np.float32)).resize(size, Image.Resampling.BILINEAR))
+                  for plane in np.moveaxis(values, 2, 0)]
+        cut = np.stack(planes, -1).reshape(rows, self.patch_size, columns, self.patch_size, 3).swapaxes(1, 2)
+        result = np.zeros((self.max_patches, 2 + self.patch_size ** 2 * 3), np.float32)
+        filled = result[:rows * columns]
+        filled[:, 0], filled[:, 1] = np.repeat(np.arange(rows), columns) + 1, np.tile(np.arange(columns), rows) + 1
+        filled[:, 2:] = cut.reshape(rows * columns, -1)
+        return result
