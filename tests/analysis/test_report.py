@@ -1,6 +1,8 @@
 """The findings of programs with known properties: memory, warnings, the largest batch, the roofline; and the table that shows them."""
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -8,7 +10,7 @@ from vlm_jax.analysis import search
 from vlm_jax.analysis.collectives import Collective
 from vlm_jax.analysis.hlo import parse
 from vlm_jax.analysis.memory import breakdown, global_batch_buffers, grown_buffers, large_buffers
-from vlm_jax.analysis.program import Program
+from vlm_jax.analysis.program import Program, child_environment
 from vlm_jax.analysis.report import findings, table
 from vlm_jax.analysis.roofline import group_bandwidth, roofline, seconds_of
 from vlm_jax.analysis.warnings import check, rematerialized
@@ -151,3 +153,24 @@ def test_command_line(tmp_path, capsys):
     assert found[0]["flops"]["executed"] > 1.1 * found[0]["flops"]["useful"]   # the blocks once more
     assert {row["kind"] for row in found[0]["collectives"]} == {"all-reduce", "collective-permute"}
     assert "siglip_shapes · train, stage 1 · local: 8 devices of cpu" in capsys.readouterr().out
+
+
+REPLICATES = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from vlm_jax.sharding.topologies import parse_topology
+mesh = Mesh(np.array(parse_topology("v5e-8").devices).reshape(2, 4), ("a", "b"))
+split = lambda *names: NamedSharding(mesh, P(*names))
+def gather(x, i):
+    rows = jax.lax.with_sharding_constraint(x[i], split(None, ("a", "b")))
+    return jax.lax.with_sharding_constraint(jnp.sin(rows), split("b", None))
+jax.jit(gather).lower(jax.ShapeDtypeStruct((64, 1024), jnp.float32, sharding=split(None, ("a", "b"))),
+                      jax.ShapeDtypeStruct((64,), jnp.int32, sharding=split("a"))).compile()
+"""
+
+
+def test_what_libtpu_says_of_rematerialization_reaches_the_log():
+    pytest.importorskip("libtpu")
+    done = subprocess.run([sys.executable, "-c", REPLICATES], env=child_environment(parse_topology("v5e-8")), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert any(operation.startswith("f32[64,") for operation in rematerialized(done.stderr)), done.stderr[-2000:]

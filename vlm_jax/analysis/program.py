@@ -153,6 +153,10 @@ class _standard_error:
         sys.stderr.write(self.text)
 
 
+# libtpu writes the compiler's warnings to files under /tmp/tpu_logs and nowhere else, unless it is told to.
+_WARNINGS_TO_STDERR = {"TPU_MIN_LOG_LEVEL": "1", "TPU_STDERR_LOG_LEVEL": "1", "TF_CPP_MIN_LOG_LEVEL": "1", "TPU_LOG_DIR": "disabled"}
+
+
 def child_environment(target: Topology) -> dict[str, str]:
     """The child's environment: absent TPUs are compiled for on the CPU, simulated devices have to be asked for."""
     environment = dict(os.environ)
@@ -164,7 +168,7 @@ def child_environment(target: Topology) -> dict[str, str]:
         environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={target.size}".strip()
     if target.chip.platform == "tpu":
         environment.pop("XLA_FLAGS", None)   # those of a CPU are none of libtpu's
-        environment = {**ABSENT_TPU, **environment}
+        environment = {**ABSENT_TPU, **environment, **_WARNINGS_TO_STDERR}
     return environment
 
 
