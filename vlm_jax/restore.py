@@ -37,6 +37,7 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
     """
     from vlm_jax import registry
     from vlm_jax.data.processor import Processor
+    from vlm_jax.tasks import build_task
     from vlm_jax.training.checkpoints import restore_parameters
     from vlm_jax.training.config import load_saved
     from vlm_jax.training.stages import stage_sections
@@ -49,19 +50,19 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
     sections = stage_sections(config, -1)
     params, step = restore_parameters(workdir, step)
     model = registry.build(**sections["model"], dtypes=sections["dtypes"])
-    check_parameters(model, params, workdir)
+    check_parameters(build_task(sections["task"], model), params, workdir)
     return Loaded(model, params, Processor.load(os.path.join(workdir, "processor.json")), config, step)
 
 
-def check_parameters(model: Any, params: Any, workdir: str) -> None:
-    """Raises a CheckpointError where the parameters are not those of the model, as when a preset changed after the run was trained."""
+def check_parameters(task: Any, params: Any, workdir: str) -> None:
+    """Raises a CheckpointError where the parameters are not those of the task's model, as when a preset changed after the run was trained; adapters and
+    the scales of int8 kernels come on top."""
     import jax
-    import jax.numpy as jnp
 
+    from vlm_jax.training import adapters
     from vlm_jax.training.trees import flatten
-    inputs = [jnp.zeros((1, *shape), jnp.int32 if name == "tokens" else jnp.float32) for name, shape in model.input_shapes().items()]
-    wanted = {path: tuple(leaf.shape) for path, leaf in flatten(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]).items()}
-    found = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+    wanted = {path: tuple(leaf.shape) for path, leaf in flatten(jax.eval_shape(task.init, jax.random.key(0))).items()}
+    found = {path: tuple(leaf.shape) for path, leaf in flatten(jax.eval_shape(adapters.plain, params)).items()}
     differing = sorted(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path))
     if differing:
         path = differing[0]

@@ -1,7 +1,9 @@
 """The one home of kernels: every matrix of the library is applied here."""
+from collections.abc import Mapping
 import math
 
 from flax import linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -15,6 +17,13 @@ class Linear(nn.Module):
     The kernel has the shape [*inputs, *features], for instance [width, heads, head_dim] or [heads, head_dim, width]; it is initialised as the
     matrix it is (all inputs against all outputs). It is applied as one two-dimensional product, for which every backend has its fastest routine, but on a
     mesh that splits tokens: rows and tokens as one axis could not stay split over two mesh axes.
+
+    Two things are data, not settings: they are there if their parameters are (`training/adapters.py` makes them), also under `Stack`, with its layer axis.
+      `scale` [*features]: the kernel is int8, entry q of output column c stands for q * scale[c]; the product is taken with the integers, which are
+        converted on the way, and scaled afterwards, so that no float copy of the kernel is kept.
+      `lora`: {"a" [rows, r], "b" [r, columns], "scaling" [], and perhaps "dropout" []}: adds scaling (dropout(x) a) b, rows and columns being all inputs
+        and all features as one axis. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1. Dropout is active where a
+        "dropout" key is given. Scaling and the dropout rate are constants: they have no gradient.
 
     Attributes:
       features: the size of the output axis, or a tuple of sizes.
@@ -41,8 +50,38 @@ class Linear(nn.Module):
 
         kernel = self.param("kernel", init, (*inputs, *features), jnp.dtype(self.param_dtype))
         flat = (-1,) if len(leading) < 2 or not is_split("sequence") else leading
-        y = x.astype(self.dtype).reshape(*flat, rows) @ kernel.astype(self.dtype).reshape(rows, columns)
+        x = x.astype(self.dtype).reshape(*flat, rows)
+        y = x @ kernel.astype(self.dtype).reshape(rows, columns)
+        if self.has_variable("params", "scale"):
+            y = y * self.get_variable("params", "scale").astype(self.dtype).reshape(columns)
+        if self.has_variable("params", "lora"):
+            y = y + self._adapted(x, self.get_variable("params", "lora"))
         if self.use_bias:
             bias = self.param("bias", initializer(self.bias_init), features, jnp.dtype(self.param_dtype))
             y = y + bias.astype(self.dtype).reshape(columns)
         return y.reshape(*leading, *features)
+
+    def _adapted(self, x: Float[Array, "... rows"], lora: Mapping[str, Array]) -> Float[Array, "... columns"]:
+        """What the adapter adds to the product of flat inputs."""
+        if "dropout" in lora and self.has_rng("dropout"):
+            rate = jax.lax.stop_gradient(lora["dropout"]).astype(jnp.float32)
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - rate, x.shape)
+            x = jnp.where(keep, x / (1.0 - rate).astype(x.dtype), jnp.zeros_like(x))
+        scaling = jax.lax.stop_gradient(lora["scaling"]).astype(x.dtype)
+        return scaling * ((x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype))
+
+
+def input_axes(name: str, kernel_axes: int, bias_axes: int | None = None) -> int:
+    """Returns how many leading axes of a `Linear`'s kernel it contracts, from what its parameters show (without the layer axis of a stack).
+
+    The bias has the axes of the output. Where there is none, the conventions of this library say it: a kernel [heads, head_dim, width] belongs to a module
+    called `out`, any other of three axes is [width, heads, head_dim], and one of four is a patch [height, width, channels, features].
+
+    Args:
+      name: the module's path or its last part.
+    """
+    if bias_axes is not None:
+        return kernel_axes - bias_axes
+    if kernel_axes == 3:
+        return 2 if name.rsplit("/", 1)[-1] == "out" else 1
+    return kernel_axes - 1

@@ -11,7 +11,7 @@ import numpy as np
 from vlm_jax import distributed, faults, storage
 from vlm_jax.errors import CheckpointError, ConfigError, DivergedError
 from vlm_jax.sharding.mesh import put_batch, to_host
-from vlm_jax.training import flops, run_identity, setup
+from vlm_jax.training import adapters, flops, run_identity, setup
 from vlm_jax.training.checkpoints import Checkpoints, DamagedCheckpoint
 from vlm_jax.training.config import resolve, save_config
 from vlm_jax.training.environment import use_compile_cache, write_environment
@@ -297,7 +297,7 @@ def begin(parts: setup.Parts, previous):
     from_previous = settings.pop("previous", False)
     if from_previous and previous is None:
         raise ConfigError(f"stages[{parts.stage.index}].init_from.previous: there is no stage before the first; name a workdir.")
-    fresh = to_host(parts.initial_state()["params"])
+    fresh = adapters.strip(to_host(parts.initial_state()["params"]))
     return parts.initial_state(init_from(fresh, previous=previous if from_previous else None, **settings))
 
 

@@ -26,7 +26,7 @@ from vlm_jax.training.gradients import clip_by_global_norm
 from vlm_jax.training.rounding import kept_in
 from vlm_jax.training.schedules import Schedule, build_schedule
 from vlm_jax.training.stages import Rules
-from vlm_jax.training.trees import flatten, is_stacked, unflatten
+from vlm_jax.training.trees import flatten, is_adapter, is_stacked, unflatten
 
 NEVER_DECAYED = ("bias", "scale")
 DECAY_BY = ("learning_rate", "schedule")
@@ -103,12 +103,13 @@ def check_settings(settings: Mapping[str, Any], where: str = "optimizer") -> Met
 
 
 def decays(path: str, ndim: int, embeddings: bool = False) -> bool:
-    """Returns whether weight decay applies to a parameter: kernels always, biases and norm scales never, tables of embeddings if asked.
+    """Returns whether weight decay applies to a parameter: kernels and the matrices of adapters always, biases and norm scales never, tables
+    of embeddings if asked.
 
     `ndim` counts the axes of one layer. Scalars and vectors (temperatures, class tokens) never decay.
     """
     name = path.rsplit("/", 1)[-1]
-    if name == "kernel":
+    if name == "kernel" or (is_adapter(path) and name in ("a", "b")):
         return True
     return embeddings and ndim >= 2 and name not in NEVER_DECAYED
 

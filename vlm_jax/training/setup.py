@@ -15,6 +15,7 @@ from vlm_jax.settings import call
 from vlm_jax.sharding.mesh import make_mesh, process_part
 from vlm_jax.sharding.rules import check_replicated, parameter_shardings, state_shardings
 from vlm_jax.tasks import build_task
+from vlm_jax.training import adapters
 from vlm_jax.training.gradients import ema_update, value_and_gradients
 from vlm_jax.training.guard import Guard, read_guard
 from vlm_jax.training.optimizers import Optimizer, build_optimizer
@@ -72,14 +73,17 @@ class Parts:
             yield {name: next(stream) for name, stream in streams.items()}
 
     def initial_state(self, params=None) -> dict:
-        """Returns the training state at the stage's first step, on the mesh; `params` replaces the random ones."""
+        """Returns the training state at the stage's first step, on the mesh; `params` replaces the random ones, and gets the stage's adapters."""
+        init, key = adapters.initializer(self.task.init, self.stage.lora), jax.random.key(self.seed)
+
         def initialise(rng):
             dtypes = jax.tree.map(lambda leaf: leaf.dtype, self.abstract_state["params"])
-            params = jax.tree.map(lambda value, dtype: value.astype(dtype), self.task.init(rng), dtypes)
+            params = jax.tree.map(lambda value, dtype: value.astype(dtype), init(rng), dtypes)
             return make_state(self.task, self.optimizer, self.stage.ema, params, self.guard)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         if params is None:
-            return jax.jit(initialise, out_shardings=shardings)(jax.random.key(self.seed))
+            return jax.jit(initialise, out_shardings=shardings)(key)
+        params = adapters.fitted(params, self.stage.lora, key)
         params = jax.tree.map(lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding), params, self.abstract_state["params"])
         return jax.jit(lambda p: make_state(self.task, self.optimizer, self.stage.ema, p, self.guard), out_shardings=shardings)(params)
 
@@ -121,14 +125,15 @@ def build(config: Mapping[str, Any], index: int, stages: list[Stage], devices=No
         source = build_source(stream.source)
         loaders[name] = Loader(source, own, stream.batch_size, seed=config["seed"] + 1000 * index + number, workers=stream.workers, threads=stream.threads,
                                prefetch=stream.prefetch, on_bad=stream.on_bad, bad_budget=stream.bad_budget, part=process_part(mesh))
-    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    init = adapters.initializer(task.init, stage.lora)
+    shapes = jax.eval_shape(init, jax.random.key(0))
     rules = Rules(stage.train, shapes, where=f"{where}.train")
     optimizer = build_optimizer(stage.optimizer, stage.schedule, stage.steps, rules, clip=stage.clip, where=where)
 
     guard = read_guard(config.get("guard"))
 
     def initialise(rng):
-        params = store_frozen(task.init(rng), rules, sections["dtypes"].get("frozen"), stages[index + 1:])
+        params = store_frozen(init(rng), rules, sections["dtypes"].get("frozen"), stages[index + 1:])
         return make_state(task, optimizer, stage.ema, params, guard)
     abstract = jax.eval_shape(initialise, jax.random.key(0))
     abstract = place(abstract, mesh, config.get("sharding"))

@@ -11,11 +11,12 @@ from vlm_jax.errors import ConfigError, did_you_mean
 from vlm_jax.settings import call, plain
 from vlm_jax.training.config import merge
 from vlm_jax.training.schedules import build_schedule
-from vlm_jax.training.trees import flatten, is_stacked, unflatten, virtual_paths
+from vlm_jax.training.trees import LORA, flatten, is_adapter, is_stacked, unflatten, virtual_paths
 
 OVERRIDES = ("model", "processor", "task", "mesh")   # sections of the config that a stage may change
 EMA_KEYS = ("decay", "warmup")
 ACCUMULATE_KEYS = ("micro_batches", "cached")
+ADAPTED_TRAIN = ((".*", None),)   # the rules of a stage with adapters that gives none: the base is frozen
 INIT_FROM_KEYS = ("workdir", "previous", "step", "which", "mapping", "missing", "unexpected")
 
 
@@ -32,6 +33,7 @@ class Stage:
       ema: {"decay": 0.9999, "warmup": True} keeps a moving average of the parameters.
       accumulate: {"micro_batches": 4, "cached": False}; see `gradients.value_and_gradients`.
       init_from: where parameters come from; see `transfer.init_from`.
+      lora: the low-rank adapters that are added after init or init_from; see `adapters.LoraSettings`. Without `train` rules the base is frozen then.
       model, processor, task, mesh: merged into the sections of the same name.
       index, first, last: its number, and the steps of the run at which it begins and ends.
       sections: model, processor, task, mesh and dtypes after merging.
@@ -45,6 +47,7 @@ class Stage:
     ema: Mapping[str, Any] | None = None
     accumulate: Mapping[str, Any] | None = None
     init_from: Mapping[str, Any] | None = None
+    lora: Mapping[str, Any] | None = None
     model: Mapping[str, Any] | None = None
     processor: Mapping[str, Any] | None = None
     task: Mapping[str, Any] | None = None
@@ -62,12 +65,18 @@ STAGE_KEYS = tuple(field.name for field in dataclasses.fields(Stage) if field.na
 def stage_defaults(section: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a stage's section of the config, as plain values, with every default filled in."""
     values = {}
+    section = _with_train(section)
     for field in dataclasses.fields(Stage):
         if field.name in section:
             values[field.name] = section[field.name]
         elif field.name not in SET_BY_PROGRAM and field.name not in ("steps", "data"):
             values[field.name] = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return plain(values)
+
+
+def _with_train(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's section with the rules that its adapters imply, where it gives none."""
+    return {"train": ADAPTED_TRAIN, **section} if section.get("lora") is not None else dict(section)
 
 
 def stage_sections(config: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -100,7 +109,7 @@ def read_stages(config: Mapping[str, Any]) -> list[Stage]:
         if "steps" in section and (type(steps) is not int or steps < 1):
             raise ConfigError(f"{where}.steps is {steps!r}; it must be an integer of at least 1.")
         merged = stage_sections({**config, "stages": sections}, index)
-        stage = call(Stage, section, where, index=index, first=first, last=first + steps, sections=merged)
+        stage = call(Stage, _with_train(section), where, index=index, first=first, last=first + steps, sections=merged)
         _check(stage, where)
         stages.append(stage)
         first += steps
@@ -117,6 +126,11 @@ def _check(stage: Stage, where: str) -> None:
     build_schedule(stage.schedule, stage.steps, f"{where}.schedule")
     if stage.clip is not None and (isinstance(stage.clip, bool) or not isinstance(stage.clip, (int, float)) or stage.clip <= 0):
         raise ConfigError(f"{where}.clip is {stage.clip!r}; it must be a positive number, or None.")
+    if stage.lora is not None:
+        from vlm_jax.training.adapters import read_lora
+        if not isinstance(stage.lora, dict):
+            raise ConfigError(f"{where}.lora is {stage.lora!r}; it must be a mapping of settings, or None.")
+        read_lora(stage.lora, f"{where}.lora")
     for name, keys in (("ema", EMA_KEYS), ("accumulate", ACCUMULATE_KEYS), ("init_from", INIT_FROM_KEYS)):
         section = getattr(stage, name)
         if section is not None and not isinstance(section, dict):
@@ -196,6 +210,9 @@ class Rules:
     the rules see one path a layer, `image/blocks/7/mlp/up/kernel`; where they tell layers of a stack apart, the multipliers become a vector over
     the layer axis.
 
+    Low-rank adapters (`.../lora/a`, `.../lora/b`) are decided by the rules whose regex names `lora`, and by no other; where none does, they train at the
+    stage's rates. Their scaling and dropout never train.
+
     Args:
       train: ordered (regex, {"lr": factor, "weight_decay": factor} or None = frozen); the last regex is `.*`.
       shapes: the parameters, as arrays or shapes.
@@ -210,16 +227,23 @@ class Rules:
         self.settings = [settings for _, settings in rules]
         self.leaves: dict[str, LeafRule] = {}
         matched, won, every_path = set(), set(), []
+        given, adapting = list(enumerate(rules)), []
+        if any(is_adapter(path) for path in self.shapes):
+            implied = [(re.compile(f".*/{LORA}/(scaling|dropout)"), None), (re.compile(f".*/{LORA}/.*"), Multipliers())]
+            numbered = list(enumerate(implied, start=len(rules)))
+            adapting = [numbered[0], *((number, rule) for number, rule in given if LORA in rule[0].pattern), numbered[1]]
+            self.patterns += [pattern.pattern for pattern, _ in implied]
+            self.settings += [settings for _, settings in implied]
         for path, shape in self.shapes.items():
             winners = []
             for virtual in virtual_paths(path, shape):
-                matching = [number for number, (pattern, _) in enumerate(rules) if pattern.fullmatch(virtual)]
+                matching = [number for number, (pattern, _) in (adapting if is_adapter(path) else given) if pattern.fullmatch(virtual)]
                 matched.update(matching)
                 winners.append(matching[0])
                 every_path.append(virtual)
             won.update(winners)
             self.leaves[path] = _leaf_rule(winners, self.settings, shape, is_stacked(path))
-        for number, pattern in enumerate(self.patterns[:-1]):
+        for number, pattern in enumerate(self.patterns[:len(rules) - 1]):
             if number not in matched:
                 raise ConfigError(f'{where}[{number}]: "{pattern}" matches no parameter.{did_you_mean(pattern, every_path)[:300]} '
                                   "A regex must match the whole path, as in \"image/.*\".")
@@ -273,7 +297,7 @@ def store_frozen(params: Any, rules: Rules, dtype: str | None, later: Sequence[S
 
     stored = {}
     for path, leaf in flatten(params).items():
-        matrix = leaf.ndim - is_stacked(path) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+        matrix = leaf.ndim - is_stacked(path) >= 2 and not is_adapter(path) and jnp.issubdtype(leaf.dtype, jnp.floating)
         frozen = matrix and not rules.leaves[path].moves and not moves_later(path, leaf.shape)
         stored[path] = leaf.astype(dtype) if frozen else leaf
     return unflatten(stored)

@@ -9,6 +9,7 @@ import numpy as np
 
 from vlm_jax.errors import CheckpointError, ConfigError
 from vlm_jax.nn.positions import resample_positions
+from vlm_jax.training.adapters import merge as merge_adapters
 from vlm_jax.training.trees import flatten, unflatten
 
 SHOWN = 20   # lines of a table of differences
@@ -18,6 +19,7 @@ def init_from(params: Any, *, workdir: str | os.PathLike | None = None, previous
               mapping: Sequence[Sequence[str | None]] | None = None, missing: str | None = None, unexpected: str = "error") -> dict:
     """Returns `params` with the values of another tree where their paths meet, in the dtypes of `params`, as numpy arrays.
 
+    Adapters of theirs are merged first.
     Tables of image positions are resampled (bilinearly) where the two grids differ; every other difference of shape is an error.
 
     Args:
@@ -44,6 +46,7 @@ def init_from(params: Any, *, workdir: str | os.PathLike | None = None, previous
         from vlm_jax.training.checkpoints import restore_parameters
         previous, step = restore_parameters(workdir, step, which)
         source = f"{source} (step {step})"
+    previous = merge_adapters(previous)
     theirs, ours = rename(flatten(previous), mapping), flatten(params)
 
     differences, filled = [], {}

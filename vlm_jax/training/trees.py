@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 STACK = "blocks"   # what lies below a module of this name is stored stacked, with a leading layer axis
+LORA = "lora"      # the module of an adapter's leaves, below the `Linear` that it changes (training/adapters.py)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -37,6 +38,11 @@ def unflatten(table: Mapping[str, Any]) -> dict:
 def is_stacked(path: str) -> bool:
     """Returns whether a leaf lies below a `blocks` module, so that its first axis counts layers."""
     return STACK in path.split("/")[:-1]
+
+
+def is_adapter(path: str) -> bool:
+    """Returns whether a leaf belongs to a low-rank adapter."""
+    return LORA in path.split("/")[:-1]
 
 
 def virtual_paths(path: str, shape: tuple[int, ...]) -> list[str]:
