@@ -1,6 +1,7 @@
 """The one home of kernels: every matrix of the library is applied here."""
 from collections.abc import Mapping
 import math
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -30,6 +31,7 @@ class Linear(nn.Module):
       contract: how many trailing axes of the input are summed over.
       kernel_init, bias_init: a name of `INITIALIZERS` or the standard deviation of a normal distribution.
       dtype: of the computation and the output; param_dtype: of the parameters.
+      out_dtype: of the output, where it is another: the product is summed in it.
     """
     features: int | tuple[int, ...]
     contract: int = 1
@@ -38,6 +40,7 @@ class Linear(nn.Module):
     bias_init: str | float = "zeros"
     dtype: str = "float32"
     param_dtype: str = "float32"
+    out_dtype: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -51,7 +54,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (*inputs, *features), jnp.dtype(self.param_dtype))
         flat = (-1,) if len(leading) < 2 or not is_split("sequence") else leading
         x = x.astype(self.dtype).reshape(*flat, rows)
-        y = x @ kernel.astype(self.dtype).reshape(rows, columns)
+        y = jnp.matmul(x, kernel.astype(self.dtype).reshape(rows, columns), preferred_element_type=self.out_dtype)
         if self.has_variable("params", "scale"):
             y = y * self.get_variable("params", "scale").astype(self.dtype).reshape(columns)
         if self.has_variable("params", "lora"):
@@ -69,6 +72,18 @@ class Linear(nn.Module):
             x = jnp.where(keep, x / (1.0 - rate).astype(x.dtype), jnp.zeros_like(x))
         scaling = jax.lax.stop_gradient(lora["scaling"]).astype(x.dtype)
         return scaling * ((x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype))
+
+
+def effective(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the leaves of a `Linear` of two axes without `lora` and `scale`, whose kernel gives the same products: for those who read kernels themselves."""
+    leaves = dict(leaves)
+    lora, scale = leaves.pop("lora", None), leaves.pop("scale", None)
+    if scale is not None:
+        leaves["kernel"] = leaves["kernel"].astype(scale.dtype) * scale
+    if lora is not None:
+        change = jax.lax.stop_gradient(lora["scaling"]) * (lora["a"] @ lora["b"])
+        leaves["kernel"] = (leaves["kernel"].astype(jnp.float32) + change).astype(leaves["kernel"].dtype)
+    return leaves
 
 
 def input_axes(name: str, kernel_axes: int, bias_axes: int | None = None) -> int:

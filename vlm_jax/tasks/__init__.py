@@ -8,6 +8,7 @@ from vlm_jax.settings import call, choose
 
 TASKS: dict[str, str] = {
     "contrastive": "vlm_jax.tasks.contrastive:contrastive_task",
+    "generation": "vlm_jax.tasks.generation:generation_task",
 }
 
 

@@ -45,6 +45,24 @@ class ContrastiveTask:
         """{"image": (H, W, 3), "tokens": (T,)} of one example."""
         return self.model.input_shapes()
 
+    def batch_shapes(self, processor: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Returns {key: (shape, dtype)} of one example of a stream; the model decides it, whatever the settings of its processor."""
+        shapes = self.input_shapes()
+        return {"image": (shapes["image"], jnp.float32), "tokens": (shapes["tokens"], jnp.int32)}
+
+    def check_fit(self, processor: Any, where: str) -> None:
+        """Raises a ConfigError where the processor's pictures or tokens are not what the model takes."""
+        shapes = self.input_shapes()
+        if processor.image_size is not None and tuple(processor.image_size) != tuple(shapes["image"][:2]):
+            raise ConfigError(f"{where}.image gives pictures of {tuple(processor.image_size)} pixels, the model takes {tuple(shapes['image'][:2])}; "
+                              "change the resize or model.image.image_size.")
+        if processor.length is not None and processor.length != shapes["tokens"][0]:
+            raise ConfigError(f"{where}.text gives {processor.length} tokens, the model takes {shapes['tokens'][0]}; "
+                              "change tokenize.length or model.text.length.")
+        if processor.vocab_size is not None and processor.vocab_size > self.model.text["vocab_size"]:
+            raise ConfigError(f"{where}.text: the tokenizer has {processor.vocab_size} entries, the model's table {self.model.text['vocab_size']}; "
+                              "raise model.text.vocab_size.")
+
     def init(self, rng: Array) -> Any:
         """Returns initial parameters; compiled and sharded by the caller."""
         shapes = self.input_shapes()

@@ -198,16 +198,6 @@ def plain(params: Any) -> dict:
     return dequantize(merge(params))
 
 
-def with_plain_heads(params: Any) -> dict:
-    """Returns `params` with adapters merged and int8 dequantised in modules called `head` alone, whose kernel losses read by itself."""
-    table = flatten(params)
-    heads = {path: leaf for path, leaf in table.items() if "head" in path.split("/")[:-1]}
-    if not any(f"/{LORA}/" in path or leaf.dtype == jnp.int8 for path, leaf in heads.items()):
-        return params
-    rest = {path: leaf for path, leaf in table.items() if path not in heads}
-    return unflatten({**rest, **flatten(plain(unflatten(heads)))})
-
-
 def matching(shapes: Mapping[str, LinearShape], targets: Sequence[str], where: str = "lora.targets") -> list[str]:
     """Returns the paths that a target matches, in the order of the tree.
 

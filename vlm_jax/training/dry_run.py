@@ -23,9 +23,9 @@ def abstract_batch(parts: setup.Parts) -> dict[str, dict[str, jax.ShapeDtypeStru
     batch = {}
     for name, loader in parts.loaders.items():
         rows = padded_rows(parts.mesh, loader.batch_size)
-        shapes = parts.task.input_shapes()
-        batch[name] = {"image": leaf(rows, shapes["image"], jnp.float32), "tokens": leaf(rows, shapes["tokens"], jnp.int32), "mask": leaf(rows, (), jnp.bool_),
-                       "weight": leaf(rows, (), jnp.float32), "example_id": leaf(rows, (), jnp.int32)}
+        processor = parts.stage.data[name].get("processor") or parts.stage.sections["processor"]
+        shapes = {**parts.task.batch_shapes(processor), "mask": ((), jnp.bool_), "weight": ((), jnp.float32), "example_id": ((), jnp.int32)}
+        batch[name] = {key: leaf(rows, *shape_and_dtype) for key, shape_and_dtype in shapes.items()}
     return batch
 
 

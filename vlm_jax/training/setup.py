@@ -10,7 +10,6 @@ from vlm_jax import registry
 from vlm_jax.data.loader import Loader
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.sources import build_source
-from vlm_jax.errors import ConfigError
 from vlm_jax.settings import call
 from vlm_jax.sharding.mesh import make_mesh, process_part
 from vlm_jax.sharding.rules import check_replicated, parameter_shardings, state_shardings
@@ -67,10 +66,17 @@ class Parts:
     step: Callable
 
     def batches(self, start: int) -> Iterator[dict[str, dict]]:
-        """Yields {stream: batch} in numpy from batch `start` of this stage on."""
+        """Yields {stream: batch} in numpy from batch `start` of this stage on, checked by the task where it checks batches.
+
+        Raises:
+          DataError: for data that does not fit the model, or too much that cannot be used.
+        """
+        check = getattr(self.task, "check_batch", lambda params, batch: None)
         streams = {name: loader.batches(start) for name, loader in self.loaders.items()}
         while True:
-            yield {name: next(stream) for name, stream in streams.items()}
+            batch = {name: next(stream) for name, stream in streams.items()}
+            check(self.abstract_state["params"], batch)
+            yield batch
 
     def initial_state(self, params=None) -> dict:
         """Returns the training state at the stage's first step, on the mesh; `params` replaces the random ones, and gets the stage's adapters."""
@@ -109,10 +115,10 @@ def build(config: Mapping[str, Any], index: int, stages: list[Stage], devices=No
     sections = stage.sections
     model = registry.build(**sections["model"], dtypes=sections["dtypes"])
     processor = call(Processor, sections["processor"], "processor") if data else None
-    if data:
-        check_fit(model, processor, "processor")
     mesh = call(make_mesh, sections["mesh"], "mesh", devices=devices)
     task = build_task(sections["task"], model, mesh=mesh)
+    if data:
+        task.check_fit(processor, "processor")
 
     loaders = {}
     for number, (name, settings) in enumerate(sorted(stage.data.items())):
@@ -121,7 +127,7 @@ def build(config: Mapping[str, Any], index: int, stages: list[Stage], devices=No
             loaders[name] = AbstractStream(stream.batch_size)
             continue
         own = call(Processor, stream.processor, f"{where}.data.{name}.processor") if stream.processor else processor
-        check_fit(model, own, f"{where}.data.{name}.processor")
+        task.check_fit(own, f"{where}.data.{name}.processor")
         source = build_source(stream.source)
         loaders[name] = Loader(source, own, stream.batch_size, seed=config["seed"] + 1000 * index + number, workers=stream.workers, threads=stream.threads,
                                prefetch=stream.prefetch, on_bad=stream.on_bad, bad_budget=stream.bad_budget, part=process_part(mesh))
@@ -140,19 +146,6 @@ def build(config: Mapping[str, Any], index: int, stages: list[Stage], devices=No
     first = sum(earlier.steps for earlier in stages[:index])
     step = make_step(task, optimizer, stage, abstract, config["seed"], first, guard)
     return Parts(stage, first, first + stage.steps, model, processor, task, mesh, rules, optimizer, loaders, guard, config["seed"] + index, abstract, step)
-
-
-def check_fit(model, processor: Processor, where: str) -> None:
-    """Raises a ConfigError where the processor's pictures or tokens are not what the model takes."""
-    shapes = model.input_shapes()
-    if processor.image_size is not None and "image" in shapes and tuple(processor.image_size) != tuple(shapes["image"][:2]):
-        raise ConfigError(f"{where}.image gives pictures of {tuple(processor.image_size)} pixels, the model takes {tuple(shapes['image'][:2])}; "
-                          "change the resize or model.image.image_size.")
-    if processor.length is not None and "tokens" in shapes and processor.length != shapes["tokens"][0]:
-        raise ConfigError(f"{where}.text gives {processor.length} tokens, the model takes {shapes['tokens'][0]}; change tokenize.length or model.text.length.")
-    if processor.vocab_size is not None and processor.vocab_size > model.text["vocab_size"]:
-        raise ConfigError(f"{where}.text: the tokenizer has {processor.vocab_size} entries, the model's table {model.text['vocab_size']}; "
-                          "raise model.text.vocab_size.")
 
 
 def place(abstract: Mapping[str, Any], mesh: jax.sharding.Mesh, rules=None) -> dict:
