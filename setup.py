@@ -9,6 +9,7 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "vlm_jax" / "__init__.p
 
 TEST = ["pytest>=9", "pytest-xdist>=3.8", "pytest-timeout>=2.4", "hypothesis>=6.100", "ruff>=0.17,<0.18", "setuptools>=77",
         "tensorboardX>=2.6.5"]
+HF = ["tokenizers>=0.21", "jinja2>=3.1.6"]
 TPU = "jax[tpu]>=0.10.2,<0.13"   # with the libtpu that this jax names, which also compiles for TPUs that are not there
 NOTEBOOKS = ["jupytext>=1.19", "nbclient>=0.11", "nbformat>=5.10", "ipykernel>=7"]
 
@@ -48,9 +49,10 @@ setup(
         "tpu": [TPU],
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
         "tf": ["tensorflow-cpu>=2.21"],             # data.prepare: public sets whose builders need TensorFlow
+        "hf": HF,                                   # tokenizer.json and chat templates of published models
         "parity": ["torch>=2.13", "transformers>=5.23,<6"],
         "notebooks": NOTEBOOKS,
-        "test": TEST + NOTEBOOKS + [f"{TPU}; platform_system == 'Linux' and platform_machine == 'x86_64'"],
+        "test": TEST + HF + NOTEBOOKS + [f"{TPU}; platform_system == 'Linux' and platform_machine == 'x86_64'"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

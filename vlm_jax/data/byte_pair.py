@@ -151,17 +151,21 @@ class ClipTokenizer:
         """Returns the ids of every text."""
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids` up to the end mark, words separated by single spaces.
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of one token by its name, None where there is none."""
+        return self.vocabulary.get(token)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Returns the text of `ids` up to the end mark, words separated by single spaces; with `skip_special` False all of it, marks included.
 
         Raises:
           DataError: for an id outside the vocabulary.
         """
         ids = check_ids(ids, self.vocab_size)
-        if self.eos_id in ids:
+        if skip_special and self.eos_id in ids:
             ids = ids[:ids.index(self.eos_id)]
         bytes_of = {letter: byte for byte, letter in enumerate(byte_letters())}
-        text = "".join(self._pieces[number] for number in ids if number != self.bos_id).replace(_WORD_END, " ")
+        text = "".join(self._pieces[number] for number in ids if not skip_special or number != self.bos_id).replace(_WORD_END, " ")
         return bytes(bytes_of.get(letter, 32) for letter in text).decode("utf-8", "replace").strip()
 
     @functools.cached_property

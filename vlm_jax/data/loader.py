@@ -25,13 +25,15 @@ from vlm_jax.errors import ConfigError, DataError
 BUDGET_WINDOW = 10_000
 _REPORT = "_report"
 _PROBES = 64
+# What stands in the rows of bad records and of padding: nothing is there, and a slot says so with -1.
+_FILL = {"slots": -1}
 
 
 class Loader:
     """Batches of a source through a processor.
 
-    A batch is `{"image": [B, H, W, 3] float32, "tokens": [B, T] int32, "mask": [B] bool, "weight": [B] float32, "example_id": [B] int64}`: whatever
-    arrays the processor makes, then whether the row holds an example, its weight in losses, and its index in the source (-1 in padding).
+    A batch is, for example, `{"image": [B, H, W, 3] float32, "tokens": [B, T] int32, "mask": [B] bool, "weight": [B] float32, "example_id": [B] int64}`:
+    whatever arrays the processor makes, then whether the row holds an example, its weight in losses, and its index in the source (-1 in padding).
 
     Args:
       source: the records; it is read by many threads at once, and pickled into worker processes.
@@ -195,10 +197,10 @@ class BatchReader:
                 self._empty = {key: (value.shape[1:], value.dtype) for key, value in arrays.items()}
             self._write(arrays, row, example, index)
             weight[row] = 1
-        for array in arrays.values():
-            array[weight == 0] = 0
+        for key, array in arrays.items():
+            array[weight == 0] = _FILL.get(key, 0)
         if not arrays:
-            arrays = {key: np.zeros((self._rows, *shape), dtype) for key, (shape, dtype) in self._shapes(report).items()}
+            arrays = {key: np.full((self._rows, *shape), _FILL.get(key, 0), dtype) for key, (shape, dtype) in self._shapes(report).items()}
         return {**arrays, "mask": weight > 0, "weight": weight, "example_id": example_id, _REPORT: _Report(report)}
 
     def _write(self, arrays: dict[str, np.ndarray], row: int, example: dict[str, np.ndarray], index: int) -> None:
@@ -217,8 +219,8 @@ class BatchReader:
     def _shapes(self, report: list[Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Returns shape and dtype of each array of an example, for a batch without a single good one."""
         if self._empty is None and hasattr(self._processor, "input_shapes"):
-            dtypes = {"image": np.float32, "tokens": np.int32}
-            self._empty = {key: (tuple(shape), np.dtype(dtypes[key])) for key, shape in self._processor.input_shapes().items()}
+            dtypes = self._processor.input_dtypes()
+            self._empty = {key: (tuple(shape), dtypes[key]) for key, shape in self._processor.input_shapes().items()}
         for index in range(min(_PROBES, len(self._source)) if self._empty is None else 0):
             try:
                 example = self._processor(self._source[index], None)

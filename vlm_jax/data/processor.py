@@ -15,11 +15,12 @@ from PIL import Image
 
 from vlm_jax import storage
 from vlm_jax.data import operations
+from vlm_jax.data.formats import Format, prepared
 from vlm_jax.data.problems import problem
 from vlm_jax.data.text import Tokenize
 from vlm_jax.data.tokenizers import Tokenizer
 from vlm_jax.errors import ConfigError, DataError, did_you_mean
-from vlm_jax.settings import plain
+from vlm_jax.settings import call, plain
 
 FORMAT_VERSION = 1
 
@@ -30,15 +31,18 @@ class Processor:
     Args:
       image: the image operations, [[name, {settings}], ...]; they must end in float32 pictures of one size. Empty: records need no image.
       text: the text operations; they must end in `tokenize`. Empty: records need no texts.
+      format: how picture, prompt and target become the arrays of a generating model: the settings of `formats.Format` that a user sets, `kind`,
+        `length`, `image_tokens`, ... The text operations before `tokenize` apply to prompt and target; of `tokenize` tokenizer and padding are used.
     Attributes:
       image_size: (height, width), None without image operations.
-      length, vocab_size, tokenizer: of the tokens, None without text operations.
+      length, vocab_size, tokenizer: of the tokens, None without text operations; with a format its length.
+      format: the `Format`, None without one.
       digest: SHA-256 of operations, settings and tokenizer: two processors of one digest give the same arrays.
     Raises:
       ConfigError: for operations that do not exist, do not fit together, or do not end in arrays of one shape.
     """
 
-    def __init__(self, image: Sequence[Any] = (), text: Sequence[Any] = ()):
+    def __init__(self, image: Sequence[Any] = (), text: Sequence[Any] = (), format: Mapping[str, Any] | None = None):
         images = operations.parse(image, "processor.image")
         if images and images[0][0] != "decode":
             images.insert(0, ("decode", {}))
@@ -46,6 +50,11 @@ class Processor:
         places = [i for i, (name, _) in enumerate(texts) if name == "tokenize"]
         if texts and places != [len(texts) - 1]:
             raise ConfigError('processor.text must end in ["tokenize", {"tokenizer": ..., "length": ...}], and hold it once.')
+        form = plain(format) if format is not None else None
+        if form is not None:
+            if not texts or not isinstance(form, dict):
+                raise ConfigError('processor.format must be a section such as {"kind": "prefix_lm", "length": 64}, with a tokenizer in processor.text.')
+            texts[-1] = ("tokenize", {"length": 1, **texts[-1][1]})     # the format has the length that counts
         self._image = operations.build("image", images, "processor.image")
         self._text = operations.build("text", texts, "processor.text")
         self.tokenizer: Tokenizer | None = None
@@ -54,31 +63,38 @@ class Processor:
             tokenize: Tokenize = self._text[-1]
             self.tokenizer, self.length, self.vocab_size = tokenize.tokenizer, tokenize.length, tokenize.tokenizer.vocab_size
             texts[-1] = ("tokenize", {**texts[-1][1], "tokenizer": self.tokenizer.to_dict()})
-        if images:
-            self.image_size = self._probe()
+        shape = self._probe(form is not None) if images else None
+        self.image_size = shape[:2] if shape is not None and len(shape) == 3 else None
+        self.format: Format | None = None
+        if form is not None:
+            if tokenize.bos or tokenize.eos != "none":
+                raise ConfigError("processor.text: with a format, marks are set by format.begin and format.end; leave bos and eos of tokenize out.")
+            self.format = call(Format, form, "processor.format", tokenizer=self.tokenizer, pad_id=tokenize.pad_id, image_shape=shape)
+            self.length = self.format.length
         # Settings are kept as plain data (JSON has no tuples and no numpy numbers): what is saved is what was built.
         self._settings = {"format_version": FORMAT_VERSION, "image": plain(images), "text": plain(texts)}
+        if form is not None:     # without one the digest is that of processors which know no formats
+            self._settings["format"] = form
         try:
             serial = json.dumps(self._settings, sort_keys=True)
         except TypeError as error:
             raise ConfigError(f"processor: its settings cannot be saved as JSON ({error}); use numbers, strings and lists.") from None
         self.digest = hashlib.sha256(serial.encode()).hexdigest()
 
-    def _probe(self) -> tuple[int, int]:
-        """Returns the (height, width) that the image operations give; grey pictures of two shapes show whether it is always the same."""
+    def _probe(self, patches: bool) -> tuple[int, ...]:
+        """Returns the shape that the image operations give; grey pictures of two shapes show whether it is always the same."""
         shapes = set()
         for size in ((640, 480), (411, 907)):
             try:
                 result = self.image(Image.new("RGB", size, (128, 128, 128)))
             except DataError as error:
                 raise ConfigError(f"processor.image fails on a picture of {size[0]} x {size[1]} pixels: {error}") from error
-            if not isinstance(result, np.ndarray) or result.dtype != np.float32 or result.ndim != 3:
+            if not isinstance(result, np.ndarray) or result.dtype != np.float32 or result.ndim not in ((2, 3) if patches else (3,)):
                 raise ConfigError('processor.image must end in float32 pictures; list ["value_range", {"low": -1, "high": 1}] last.')
             shapes.add(result.shape)
         if len(shapes) > 1:
             raise ConfigError(f"processor.image gives pictures of differing shapes {sorted(shapes)}; list resize or center_crop.")
-        height, width, _ = shapes.pop()
-        return height, width
+        return shapes.pop()
 
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None, name: str = "") -> dict[str, np.ndarray]:
         """Returns {"image": float32 [H, W, 3], "tokens": int32 [T]} of a record, each if the processor has operations for it.
@@ -86,10 +102,15 @@ class Processor:
         With an rng a caption is drawn from `texts` and the random operations are random; without, the first caption and the deterministic forms.
         `name` is put in front of error messages.
 
+        With a format the arrays are those of `formats.Format.example`, made of `image`, `prompt` (a str, "" if missing) and a target out of `texts`; a
+        record with `text_only` True needs no image.
+
         Raises:
           DataError: with a `reason`: those of `decode_image`, image_too_small, image_too_long, caption_missing, caption_not_text,
-            caption_empty, token_out_of_vocabulary.
+            caption_empty, token_out_of_vocabulary; of a format also prompt_not_text and those of `Format.example`.
         """
+        if self.format is not None:
+            return self._example(record, rng, name)
         result = {}
         if self._image:
             if record.get("image") is None:
@@ -98,6 +119,48 @@ class Processor:
         if self._text:
             result["tokens"] = _named(name, operations.apply, self._text, self.caption(record, rng, name), rng)
         return result
+
+    def _example(self, record: Mapping[str, Any], rng: np.random.Generator | None, name: str) -> dict[str, np.ndarray]:
+        """Returns the arrays of a record under the format."""
+        image, prompt = None, record.get("prompt", "")
+        if not isinstance(prompt, str):
+            raise problem("prompt_not_text", f"{name or 'record'}: the prompt must be a string, got {prompt!r:.60}; correct the record.")
+        if self._image and not record.get("text_only"):
+            if record.get("image") is None:
+                raise problem("image_missing", f"{name or 'record'}: there is no image; give the record one, mark it text_only, or leave it out.")
+            image = _named(name, operations.apply, self._image, record["image"], rng)
+        target = _named(name, prepared, self._text[:-1], self.caption(record, rng, name), rng)
+        return _named(name, self.format.example, image, _named(name, prepared, self._text[:-1], prompt, rng), target)
+
+    def prompt(self, image: Any = None, prompt: str = "") -> dict[str, np.ndarray]:
+        """Returns the inputs, without a batch axis, from which a model answers `prompt` about `image` (None: a text alone); it is not padded."""
+        if self.format is None:
+            raise ConfigError("this processor has no format, so it makes no prompts; give it processor.format.")
+        if not isinstance(prompt, str):
+            raise problem("prompt_not_text", f"the prompt must be a string, got {prompt!r:.60}; correct it.")
+        if image is not None and not self._image:
+            raise ConfigError("this processor has no image operations; list some under processor.image, or ask without an image.")
+        picture = None if image is None else operations.apply(self._image, image)
+        return self.format.inputs(picture, prepared(self._text[:-1], prompt))
+
+    def prompts(self, images: Sequence[Any] | None, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Returns the inputs of several prompts as one batch, padded on the right to the longest.
+
+        Args:
+          images: one for each prompt, or None: texts alone.
+        """
+        if images is not None and len(images) != len(prompts):
+            raise ConfigError(f"prompts: {len(images)} images for {len(prompts)} prompts; give one image for each.")
+        rows = [self.prompt(None if images is None else images[i], prompt) for i, prompt in enumerate(prompts)]
+        if self.format is None:
+            raise ConfigError("this processor has no format, so it makes no prompts; give it processor.format.")
+        return self.format.batch(rows)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids: with a format up to its end mark; special tokens give nothing."""
+        if self.tokenizer is None:
+            raise ConfigError("this processor has no text operations; list some under processor.text.")
+        return self.tokenizer.decode(ids) if self.format is None else self.format.decode(ids)
 
     def caption(self, record: Mapping[str, Any], rng: np.random.Generator | None = None, name: str = "") -> str:
         """Returns the caption that the record is trained on: one of its texts by the rng, or the first."""
@@ -127,8 +190,16 @@ class Processor:
         return np.stack(rows) if rows else np.zeros((0, self.length or 0), np.int32)
 
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of one example: {"image": (H, W, 3), "tokens": (T,)}, each if the processor makes it."""
+        """Returns the shapes of one example: {"image": (H, W, 3), "tokens": (T,)}, each if the processor makes it; with a format the format's."""
+        if self.format is not None:
+            return self.format.shapes()
         return {**({"image": (*self.image_size, 3)} if self._image else {}), **({"tokens": (self.length,)} if self._text else {})}
+
+    def input_dtypes(self) -> dict[str, np.dtype]:
+        """Returns the dtypes of the arrays of `input_shapes`."""
+        if self.format is not None:
+            return self.format.dtypes()
+        return {key: np.dtype(np.float32 if key == "image" else np.int32) for key in self.input_shapes()}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the processor as JSON can hold it, the tokenizer's model included."""
@@ -146,10 +217,10 @@ class Processor:
         if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise DataError(f"{where} has format version {version!r}, this program reads up to {FORMAT_VERSION}; update vlm_jax or save it again.")
         for key in settings:
-            if key not in ("format_version", "image", "text"):
-                raise DataError(f"{where}: {key} is unknown.{did_you_mean(key, ('image', 'text'))}")
+            if key not in ("format_version", "image", "text", "format"):
+                raise DataError(f"{where}: {key} is unknown.{did_you_mean(key, ('image', 'text', 'format'))}")
         try:
-            return cls(settings.get("image", ()), settings.get("text", ()))
+            return cls(settings.get("image", ()), settings.get("text", ()), settings.get("format"))
         except ConfigError as error:
             raise DataError(f"{where} cannot be built: {error}") from error
 
