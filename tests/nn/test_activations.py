@@ -14,6 +14,7 @@ FORMULAS = {
     "quick_gelu": lambda x: x / (1 + math.exp(-1.702 * x)),
     "squared_relu": lambda x: max(x, 0) ** 2,
     "relu": lambda x: max(x, 0),
+    "silu": lambda x: x / (1 + math.exp(-x)),
 }
 
 

@@ -41,4 +41,5 @@ def squared_relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.square(jax.nn.relu(x))
 
 
-ACTIVATIONS: dict[str, Callable] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "squared_relu": squared_relu, "relu": jax.nn.relu}
+ACTIVATIONS: dict[str, Callable] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "squared_relu": squared_relu,
+                                     "relu": jax.nn.relu, "silu": jax.nn.silu}

@@ -1,6 +1,6 @@
 """Scaled dot-product attention, its one home, and multi-head self-attention.
 
-Vaswani et al., "Attention Is All You Need" (2017), section 3.2.
+Vaswani et al., "Attention Is All You Need" (2017), section 3.2; grouped queries: Ainslie et al., "GQA" (2023).
 """
 import functools
 
@@ -11,96 +11,126 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.errors import ConfigError
+from vlm_jax.nn.blockwise import Masks, attend_in_blocks, capped, exponentials, product, regroup, sum_to
 from vlm_jax.nn.linear import Linear
+from vlm_jax.nn.visibility import Visibility
 from vlm_jax.sharding.activations import constrain, is_split
+
+KEYS_AT_ONCE = 2048   # with more keys (and more than FEW_QUERIES) attention works in blocks of keys and keeps no [T, S] array
+FEW_QUERIES = 8       # a decoding step: its [T, S] array is no larger than what it reads
 
 
 def allowed_keys(queries: int, keys: int, *, causal: bool = False, mask: Bool[Array, "B #H #T S"] | None = None,
-                 lengths: Int[Array, "B"] | None = None) -> Bool[Array, "#B #H #T S"] | None:
-    """Which keys each query may read, as one mask that broadcasts to [B, H, T, S]; None where all may read all.
+                 lengths: Int[Array, "B"] | None = None, visibility: Visibility | None = None) -> Bool[Array, "#B #H #T S"] | None:
+    """Which keys each query may read, as one mask that broadcasts to [B, H, T, S]; None where all may read all. What is given holds together.
 
     Args:
       queries, keys: T and S.
       causal: query i reads keys up to i + S - T (the last query reads the last key).
       mask: True where reading is allowed; four axes.
       lengths: the number of valid keys of each example.
+      visibility: facts about positions, see `Visibility`.
     """
-    parts = []
-    if causal:
-        parts.append((jnp.arange(queries)[:, None] + keys - queries >= jnp.arange(keys)[None, :])[None, None])
-    if mask is not None:
-        if mask.ndim != 4:
-            raise ValueError(f"attention: the mask has shape {mask.shape}; give it four axes, [batch, heads, queries, keys], of size 1 where shared.")
-        parts.append(mask.astype(bool))
-    if lengths is not None:
-        parts.append((jnp.arange(keys)[None, :] < lengths[:, None])[:, None, None])
-    return functools.reduce(jnp.logical_and, parts) if parts else None
+    return _masks(queries, keys, causal, mask, lengths, visibility).allowed(jnp.arange(keys))
 
 
-def attention(query: Float[Array, "B T H K"], key: Float[Array, "B S H K"], value: Float[Array, "B S H K"], *, causal: bool = False,
-              mask: Bool[Array, "B #H #T S"] | None = None, lengths: Int[Array, "B"] | None = None, scale: float | None = None,
+def _masks(queries, keys, causal, mask, lengths, visibility) -> Masks:
+    if mask is not None and mask.ndim != 4:
+        raise ValueError(f"attention: the mask has shape {mask.shape}; give it four axes, [batch, heads, queries, keys], of size 1 where shared.")
+    if visibility is not None and (visibility.query_position.shape[1], visibility.key_position.shape[1]) != (queries, keys):
+        raise ValueError(f"attention: the visibility is of {visibility.query_position.shape[1]} queries and {visibility.key_position.shape[1]} keys, not of "
+                         f"{queries} and {keys}; give the positions of these.")
+    last_key = jnp.arange(queries) + (keys - queries) if causal else None
+    return Masks(last_key, None if mask is None else mask.astype(bool), lengths, visibility)
+
+
+def attention(query: Float[Array, "B T H K"], key: Float[Array, "B S G K"], value: Float[Array, "B S G K"], *, causal: bool = False,
+              mask: Bool[Array, "B #H #T S"] | None = None, lengths: Int[Array, "B"] | None = None, visibility: Visibility | None = None,
+              bias: Float[Array, "#B #H #T #S"] | None = None, soft_cap: float | None = None, scale: float | None = None,
               softmax_dtype: str = "float32") -> Float[Array, "B T H K"]:
-    """softmax(query key^T scale) value for each head, in the dtype of `value`.
+    """softmax(query key^T scale + bias) value for each head, in the dtype of `value`.
+
+    Above `KEYS_AT_ONCE` keys it works in blocks of keys, with a running maximum and sum, and computes the weights of a block again in the backward pass
+    (Dao et al., "FlashAttention", 2022): memory grows with T + S.
 
     Args:
-      causal, mask, lengths: see `allowed_keys`. A query that may read no key gets zeros, and passes no gradient.
+      key, value: of G heads; G divides H, and head h reads key head h // (H / G).
+      causal, mask, lengths, visibility: see `allowed_keys`. A query that may read no key gets zeros, and passes no gradient.
+      bias: added to the scaled (and capped) logits; four axes that broadcast; differentiated.
+      soft_cap: c turns a logit x into c tanh(x / c), before the bias.
       scale: by default 1 / sqrt(K).
       softmax_dtype: of the logits, the exponentials and their sum.
+    Raises:
+      ConfigError: if the key heads do not divide the query heads.
     """
-    allowed = allowed_keys(query.shape[1], key.shape[1], causal=causal, mask=mask, lengths=lengths)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    swapped = (x.swapaxes(1, 2) for x in (query, key, value))
-    return _attend(*swapped, allowed, float(scale), jnp.dtype(softmax_dtype)).swapaxes(1, 2)
+    queries, heads, keys, groups = *query.shape[1:3], *key.shape[1:3]
+    masks = _masks(queries, keys, causal, mask, lengths, visibility)
+    query, bias, options = _prepare(query, groups, bias, soft_cap, scale, softmax_dtype)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    if keys > KEYS_AT_ONCE and queries > FEW_QUERIES:
+        out = attend_in_blocks(query, key, value, bias, masks, *options)
+    else:
+        out = _attend(query, key, value, regroup(masks.allowed(jnp.arange(keys)), heads, groups), bias, *options)
+    return out.reshape(out.shape[0], heads, queries, out.shape[-1]).swapaxes(1, 2)
 
 
-def attention_weights(query: Float[Array, "B T H K"], key: Float[Array, "B S H K"], *, causal: bool = False,
-                      mask: Bool[Array, "B #H #T S"] | None = None, lengths: Int[Array, "B"] | None = None,
+def attention_weights(query: Float[Array, "B T H K"], key: Float[Array, "B S G K"], *, causal: bool = False,
+                      mask: Bool[Array, "B #H #T S"] | None = None, lengths: Int[Array, "B"] | None = None, visibility: Visibility | None = None,
+                      bias: Float[Array, "#B #H #T #S"] | None = None, soft_cap: float | None = None,
                       scale: float | None = None) -> Float[Array, "B H T S"]:
     """The weights that `attention` applies, in float32, for analyses and pictures; rows sum to 1, or to 0 where no key may be read."""
-    allowed = allowed_keys(query.shape[1], key.shape[1], causal=causal, mask=mask, lengths=lengths)
+    (batch, queries, heads, _), (_, keys, groups, _) = query.shape, key.shape
+    allowed = regroup(_masks(queries, keys, causal, mask, lengths, visibility).allowed(jnp.arange(keys)), heads, groups)
+    query, bias, options = _prepare(query, groups, bias, soft_cap, scale, "float32")
+    weights, total = exponentials(query, key.swapaxes(1, 2), allowed, bias, *options)
+    return (weights / total).reshape(batch, heads, queries, keys)
+
+
+def _prepare(query, groups, bias, soft_cap, scale, softmax_dtype):
+    """Queries and bias with grouped heads, and (scale, soft_cap, softmax_dtype) as Python values."""
+    heads = query.shape[2]
+    if groups < 1 or heads % groups:
+        raise ConfigError(f"attention: {groups} key and value heads do not divide the {heads} query heads; choose num_kv_heads that do.")
+    if bias is not None and bias.ndim != 4:
+        raise ValueError(f"attention: the bias has shape {bias.shape}; give it four axes, [batch, heads, queries, keys], of size 1 where shared.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    weights, total = _exponentials(query.swapaxes(1, 2), key.swapaxes(1, 2), allowed, float(scale), jnp.dtype("float32"))
-    return weights / total
+    options = float(scale), None if soft_cap is None else float(soft_cap), jnp.dtype(softmax_dtype)
+    query = query.swapaxes(1, 2)
+    if groups != heads:
+        query = query.reshape(query.shape[0], groups, heads // groups, *query.shape[2:])
+    return query, regroup(bias, heads, groups), options
 
 
-def _exponentials(query, key, allowed, scale, softmax_dtype):
-    """exp(scale (logits - their maximum)) [B, H, T, S], 0 where not allowed, and its row sums (1 for empty rows)."""
-    logits = jnp.einsum("bhtk,bhsk->bhts", query, key, preferred_element_type=softmax_dtype)
-    if allowed is not None:
-        logits = jnp.where(allowed, logits, jnp.finfo(softmax_dtype).min)
-    weights = jnp.exp((logits - logits.max(-1, keepdims=True)) * scale)
-    if allowed is not None:
-        weights = jnp.where(allowed, weights, 0)
-    total = weights.sum(-1, keepdims=True)
-    return weights, jnp.where(total == 0, jnp.ones_like(total), total)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(query, key, value, allowed, bias, scale, soft_cap, softmax_dtype):
+    return _attend_forward(query, key, value, allowed, bias, scale, soft_cap, softmax_dtype)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(query, key, value, allowed, scale, softmax_dtype):
-    return _attend_forward(query, key, value, allowed, scale, softmax_dtype)[0]
-
-
-def _attend_forward(query, key, value, allowed, scale, softmax_dtype):
-    weights, total = _exponentials(query, key, allowed, scale, softmax_dtype)
+def _attend_forward(query, key, value, allowed, bias, scale, soft_cap, softmax_dtype):
+    weights, total = exponentials(query, key, allowed, bias, scale, soft_cap, softmax_dtype)
     weights = weights.astype(value.dtype)
     # The sum divides the small product, not the large weights.
-    out = (jnp.einsum("bhts,bhsk->bhtk", weights, value, preferred_element_type=softmax_dtype) / total).astype(value.dtype)
+    out = (product("bgrts,bgsk->bgrtk", weights, value, softmax_dtype) / total).astype(value.dtype)
     out = checkpoint_name(out, "mixed")   # here, since the backward pass reads it
-    return out, (query, key, value, weights, total, out)
+    return out, (query, key, value, bias, weights, total, out)
 
 
-def _attend_backward(scale, softmax_dtype, saved, gradient):
-    query, key, value, weights, total, out = saved
+def _attend_backward(scale, soft_cap, softmax_dtype, saved, gradient):
+    query, key, value, bias, weights, total, out = saved
     divided = gradient.astype(softmax_dtype) / total
     # sum_s p (dp) over the keys equals the inner product of the output and its gradient: a pass over [T, K] instead of [T, S].
     shared = (divided * out.astype(softmax_dtype)).sum(-1, keepdims=True)
     divided = divided.astype(value.dtype)
-    d_value = jnp.einsum("bhts,bhtk->bhsk", weights, divided)
-    d_weights = jnp.einsum("bhtk,bhsk->bhts", divided, value, preferred_element_type=softmax_dtype)
-    d_logits = (weights.astype(softmax_dtype) * (d_weights - shared) * scale).astype(query.dtype)
-    d_query = jnp.einsum("bhts,bhsk->bhtk", d_logits, key)
-    d_key = jnp.einsum("bhts,bhtk->bhsk", d_logits, query)
-    return d_query, d_key, d_value, None
+    d_value = product("bgrts,bgrtk->bgsk", weights, divided)
+    d_weights = product("bgrtk,bgsk->bgrts", divided, value, softmax_dtype)
+    d_logits = weights.astype(softmax_dtype) * (d_weights - shared)
+    d_bias = None if bias is None else sum_to(d_logits, bias.shape).astype(bias.dtype)
+    if soft_cap is not None:
+        d_logits = d_logits * capped(query, key, scale, soft_cap, softmax_dtype)[1]
+    d_logits = (d_logits * scale).astype(query.dtype)
+    d_query = product("bgrts,bgsk->bgrtk", d_logits, key)
+    d_key = product("bgrts,bgrtk->bgsk", d_logits, query)
+    return d_query, d_key, d_value, None, d_bias
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

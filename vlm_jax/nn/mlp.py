@@ -1,4 +1,4 @@
-"""The two-layer perceptron of a transformer block."""
+"""The two-layer perceptron of a transformer block, plain or gated."""
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -11,11 +11,13 @@ from vlm_jax.sharding.activations import constrain
 
 
 class Mlp(nn.Module):
-    """down(activation(up(x))): Vaswani et al. 2017, section 3.3, with the activation named by `activation`; dropout after the activation.
+    """down(activation(up(x))): Vaswani et al. 2017, section 3.3, with the activation named by `activation`; dropout after it. Gated:
+    down(activation(gate(x)) * up(x)), Shazeer, "GLU Variants Improve Transformer" (2020); dropout of the product.
 
     Attributes:
       hidden: the width of the hidden layer.
-      up_init, down_init, bias_init: see `initializer`.
+      up_init (of gate too), down_init, bias_init: see `initializer`.
+      biases: the names of the kernels (of `gate`, `up`, `down`) that have one.
     """
     hidden: int
     activation: str = "gelu_tanh"
@@ -25,12 +27,19 @@ class Mlp(nn.Module):
     bias_init: str | float = 1e-6
     dtype: str = "float32"
     param_dtype: str = "float32"
+    gated: bool = False
+    biases: tuple[str, ...] = ("gate", "up", "down")
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], train: bool = False) -> Float[Array, "B T D"]:
-        options = dict(bias_init=self.bias_init, dtype=self.dtype, param_dtype=self.param_dtype)
-        hidden = Linear(self.hidden, kernel_init=self.up_init, name="up", **options)(x)
-        hidden = checkpoint_name(constrain(hidden, "batch", "sequence", "mlp"), "hidden")
-        hidden = choose(ACTIVATIONS, self.activation, "activation")(hidden)
+        def linear(features, init, name):
+            return Linear(features, kernel_init=init, use_bias=name in self.biases, bias_init=self.bias_init, dtype=self.dtype,
+                          param_dtype=self.param_dtype, name=name)
+
+        def widen(name):
+            return checkpoint_name(constrain(linear(self.hidden, self.up_init, name)(x), "batch", "sequence", "mlp"), "hidden")
+
+        activation = choose(ACTIVATIONS, self.activation, "activation")
+        hidden = activation(widen("gate")) * widen("up") if self.gated else activation(widen("up"))
         hidden = Dropout(self.dropout)(hidden, train)
-        return Linear(x.shape[-1], kernel_init=self.down_init, name="down", **options)(hidden)
+        return linear(x.shape[-1], self.down_init, "down")(hidden)

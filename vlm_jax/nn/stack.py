@@ -90,9 +90,6 @@ class Stack(nn.Module):
       block: makes one block, an unbound module: `block(parent=None)`; called as `block(x, *inputs, **options)`, it returns x or (x, {name: array}).
       scan: True compiles one block and loops over it (fast to compile); False unrolls (fast to run where loops copy their parameters, as on CPUs).
       remat: a name of `REMAT_POLICIES`.
-
-    Returns:
-      x after the last block, and {"output": x after every block [L, ...], name: the blocks' own intermediates [L, ...]}.
     """
     block: Callable[..., nn.Module]
     depth: int
@@ -100,31 +97,61 @@ class Stack(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "..."], *inputs: Any, **options: Any) -> tuple[Float[Array, "..."], dict[str, Array]]:
+    def __call__(self, x: Float[Array, "..."], *inputs: Any, per_layer: Any = None, state: Any = None,
+                 **options: Any) -> tuple[Float[Array, "..."], dict[str, Array]] | tuple[Float[Array, "..."], dict[str, Array], Any]:
+        """Runs the blocks.
+
+        Args:
+          x: what passes from block to block.
+          inputs, options: what every block gets as it is. Arrays among the options must not be differentiated with rematerialisation; the inputs may.
+          per_layer: a pytree of arrays with a leading layer axis (which layers have a window, tables of one layer each); where given, each block is called with
+            `per_layer=` its slice of it.
+          state: a pytree that the blocks read and change in turn (a cache of keys and values, which must be one object to be updated in place); where given,
+            each block is called with `state=` what the block before it returned and `layer=` its index (an int where unrolled, a traced scalar in a scan) and
+            returns (x, {name: array}, state) with a state of the same shapes and dtypes.
+
+        Returns:
+          x after the last block, and {"output": x after every block [L, ...], name: the blocks' own intermediates [L, ...]}; and the state, where one is given.
+        Raises:
+          ConfigError: if a leaf of `per_layer` does not have `depth` rows.
+        """
         policy = remat_policy(self.remat)
         block = self.block(parent=None)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(per_layer):
+            if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != self.depth:
+                raise ConfigError(f"Stack: per_layer{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}; its first axis must be the {self.depth} layers.")
+
+        def settings(index, of_layer, state):
+            """What a block is given by name."""
+            extra = {} if per_layer is None else {"per_layer": of_layer}
+            return {**options, **extra, **({} if state is None else {"state": state, "layer": index})}
+
         if self.is_initializing() and not self.variables.get("params"):
             keys = jax.random.split(self.make_rng("params"), self.depth)
-            made = jax.vmap(lambda key: block.init({"params": key, "dropout": key}, x, *inputs, **options)["params"])(keys)
+            first = settings(0, jax.tree.map(lambda leaf: leaf[0], per_layer), state)
+            made = jax.vmap(lambda key: block.init({"params": key, "dropout": key}, x, *inputs, **first)["params"])(keys)
             for name, value in made.items():
                 self.put_variable("params", name, value)
         params = dict(self.variables["params"])
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
 
-        def apply(carry, layer):
-            layer_params, index = layer
+        def apply(carry, layer, index):
+            x, state = carry
+            layer_params, of_layer = layer
             rngs = None if key is None else {"dropout": jax.random.fold_in(key, index)}
-            out = block.apply({"params": layer_params}, carry, *inputs, rngs=rngs, **options)
-            carry, intermediates = out if isinstance(out, tuple) else (out, {})
-            return carry, {"output": carry, **intermediates}
+            out = block.apply({"params": layer_params}, x, *inputs, rngs=rngs, **settings(index, of_layer, state))
+            x, intermediates, *after = out if isinstance(out, tuple) else (out, {})
+            return (x, after[0] if after else state), {"output": x, **intermediates}
 
         if self.remat != "none":
-            # Inside a scan the loop itself keeps the compiler from merging the second computation with the first.
-            apply = jax.checkpoint(apply, policy=policy, prevent_cse=not self.scan)
+            # Inside a scan the loop itself keeps the compiler from merging the second computation with the first. The index of an unrolled layer stays an int.
+            apply = jax.checkpoint(apply, policy=policy, prevent_cse=not self.scan, static_argnums=() if self.scan else (2,))
         if self.scan:
-            return lax.scan(apply, x, (params, jnp.arange(self.depth)))
-        every_layer = []
-        for index, layer_params in enumerate(_layers(params)):
-            x, intermediates = apply(x, (layer_params, index))
-            every_layer.append(intermediates)
-        return x, _stack(every_layer)
+            (x, state_after), every = lax.scan(lambda carry, xs: apply(carry, *xs), (x, state), ((params, per_layer), jnp.arange(self.depth)))
+        else:
+            carry, every_layer = (x, state), []
+            for index, layer in enumerate(_layers((params, per_layer))):
+                carry, intermediates = apply(carry, layer, index)
+                every_layer.append(intermediates)
+            (x, state_after), every = carry, _stack(every_layer)
+        return (x, every) if state is None else (x, every, state_after)
