@@ -33,6 +33,7 @@ class Slots:
 
     def place(self, values: Array, default: Any = 0) -> Array:
         """Facts about the tokens [B, T] (whether they are of the prefix) at the places of their keys, as `key_position` has them; `default` elsewhere."""
+        values = jnp.asarray(values)
         if self.fresh:
             return values
         if self.joined:
