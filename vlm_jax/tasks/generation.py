@@ -148,8 +148,8 @@ class GenerationTask:
                 wrong = wrong if counts is None else wrong & counts[rows].astype(bool)
                 if wrong.any():
                     row, place = np.argwhere(wrong)[0]
-                    raise DataError(f"stream {name}, example {ids[rows[row]]}: {key}[{place}] is {tokens[row, place]}, but the model's vocabulary has {entries} entries; "
-                                    "use the tokenizer of these weights, or raise the vocab_size of the language model.")
+                    raise DataError(f"stream {name}, example {ids[rows[row]]}: {key}[{place}] is {tokens[row, place]}, but the model's vocabulary has "
+                                    f"{entries} entries; use the tokenizer of these weights, or raise the vocab_size of the language model.")
             if "images" in stream and "slots" in stream and hasattr(self.model, "image_tokens"):
                 from vlm_jax.models.visual_tokens import check_slots
                 check_slots(stream["slots"][rows], stream["images"].shape[1], self.model.image_tokens(), [f"stream {name}, example {ids[row]}" for row in rows])
