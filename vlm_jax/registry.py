@@ -13,6 +13,9 @@ FAMILIES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
     "siglip2": (("vlm_jax.models.dual_encoder", "DualEncoder"), ("vlm_jax.models.dual_encoder_presets", "SIGLIP2")),
     "clip": (("vlm_jax.models.dual_encoder", "DualEncoder"), ("vlm_jax.models.dual_encoder_presets", "CLIP")),
     "lit": (("vlm_jax.models.dual_encoder", "DualEncoder"), ("vlm_jax.models.dual_encoder_presets", "LIT")),
+    "decoder": (("vlm_jax.language.decoder", "Decoder"), ("vlm_jax.language.presets", "DECODER")),
+    "encoder_decoder": (("vlm_jax.language.encoder_decoder", "EncoderDecoder"), ("vlm_jax.language.presets", "ENCODER_DECODER")),
+    "bert": (("vlm_jax.language.bert", "Bert"), ("vlm_jax.language.presets", "BERT")),
 }
 
 
