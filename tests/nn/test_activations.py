@@ -15,6 +15,13 @@ FORMULAS = {
     "squared_relu": lambda x: max(x, 0) ** 2,
     "relu": lambda x: max(x, 0),
     "silu": lambda x: x / (1 + math.exp(-x)),
+    "relu6": lambda x: min(max(x, 0), 6),
+    "leaky_relu": lambda x: x if x > 0 else 0.01 * x,
+    "mish": lambda x: x * math.tanh(math.log1p(math.exp(x))),
+    "hard_swish": lambda x: x * min(max(x + 3, 0), 6) / 6,
+    "tanh": math.tanh,
+    "sigmoid": lambda x: 1 / (1 + math.exp(-x)),
+    "linear": lambda x: x,
 }
 
 

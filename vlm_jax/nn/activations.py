@@ -41,5 +41,11 @@ def squared_relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.square(jax.nn.relu(x))
 
 
-ACTIVATIONS: dict[str, Callable] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "squared_relu": squared_relu,
-                                     "relu": jax.nn.relu, "silu": jax.nn.silu}
+def linear(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x itself."""
+    return x
+
+
+ACTIVATIONS: dict[str, Callable] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "squared_relu": squared_relu, "relu": jax.nn.relu,
+                                    "relu6": jax.nn.relu6, "leaky_relu": jax.nn.leaky_relu, "silu": jax.nn.silu, "mish": jax.nn.mish,
+                                    "hard_swish": jax.nn.hard_swish, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid, "linear": linear}
