@@ -9,7 +9,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_LAZY = {"load": "vlm_jax.restore", "Loaded": "vlm_jax.restore"}
+_LAZY = {"load": "vlm_jax.restore", "save": "vlm_jax.restore", "Loaded": "vlm_jax.restore"}
 __all__ = ["__version__", *_LAZY]
 
 

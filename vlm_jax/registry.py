@@ -9,6 +9,9 @@ from vlm_jax.settings import call, choose, plain
 
 # family -> (class, table of presets), each as (module, name)
 FAMILIES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
+    "vit": (("vlm_jax.encoders.vit", "Vit"), ("vlm_jax.encoders.vit_presets", "VIT")),
+    "naflex_vit": (("vlm_jax.encoders.naflex_vit", "NaflexVit"), ("vlm_jax.encoders.vit_presets", "NAFLEX")),
+    "text": (("vlm_jax.encoders.text", "TextTransformer"), ("vlm_jax.encoders.vit_presets", "TEXT")),
     "siglip": (("vlm_jax.models.dual_encoder", "DualEncoder"), ("vlm_jax.models.dual_encoder_presets", "SIGLIP")),
     "siglip2": (("vlm_jax.models.dual_encoder", "DualEncoder"), ("vlm_jax.models.dual_encoder_presets", "SIGLIP2")),
     "clip": (("vlm_jax.models.dual_encoder", "DualEncoder"), ("vlm_jax.models.dual_encoder_presets", "CLIP")),
@@ -16,6 +19,10 @@ FAMILIES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
     "decoder": (("vlm_jax.language.decoder", "Decoder"), ("vlm_jax.language.presets", "DECODER")),
     "encoder_decoder": (("vlm_jax.language.encoder_decoder", "EncoderDecoder"), ("vlm_jax.language.presets", "ENCODER_DECODER")),
     "bert": (("vlm_jax.language.bert", "Bert"), ("vlm_jax.language.presets", "BERT")),
+    "paligemma": (("vlm_jax.models.prefix_lm", "PrefixLM"), ("vlm_jax.models.prefix_lm_presets", "PALIGEMMA")),
+    "pali": (("vlm_jax.models.pali", "Pali"), ("vlm_jax.models.pali_presets", "PALI")),
+    "screenai": (("vlm_jax.models.pali", "Pali"), ("vlm_jax.models.pali_presets", "SCREENAI")),
+    "pix2struct": (("vlm_jax.models.pix2struct", "Pix2Struct"), ("vlm_jax.models.pix2struct_presets", "PIX2STRUCT")),
 }
 
 

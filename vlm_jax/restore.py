@@ -1,27 +1,30 @@
-"""`vlm_jax.load(workdir)`: a trained run as a model, its parameters, its preprocessing and its config."""
+"""`vlm_jax.load(folder)`: a trained run, or a directory in the Hugging Face layout, as a model, parameters, preprocessing and config; `vlm_jax.save`."""
+from collections.abc import Mapping, Sequence
 import dataclasses
 import os
 from typing import Any
 
-from vlm_jax.errors import CheckpointError
+from vlm_jax.errors import CheckpointError, ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A trained run.
+    """A trained run, or a model read from a directory in the Hugging Face layout.
 
     Attributes:
       model: the Linen module; `model.apply({"params": params}, image, tokens)`.
       params: nested dict of arrays (the moving average where the run keeps one).
       processor: the preprocessing that the weights were trained with.
-      config: the resolved config, plain dicts and lists.
-      step: the training step of the weights.
+      config: the resolved config, plain dicts and lists; of a directory {"model": settings, "hf": config.json as it was}.
+      step: the training step of the weights; 0 of a directory.
+      files: what `save` writes again beside the weights of a directory, {name: bytes}.
     """
     model: Any
     params: Any
     processor: Any
     config: dict[str, Any]
     step: int
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
 
     def predictor(self, batch_size: int = 64, mesh=None):
         """Returns a `vlm_jax.evaluation.predictor.Predictor`: embeddings of lists of images and texts, on one device or on those of `mesh`."""
@@ -29,12 +32,57 @@ class Loaded:
         return Predictor(self.model, self.params, self.processor, mesh=mesh, batch_size=batch_size)
 
 
-def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
-    """Loads the run in `workdir` at `step` (default: the newest checkpoint that verifies).
+def load(path: str | os.PathLike, step: int | None = None, *, dtype: str | None = None, mesh: Any = None,
+         sharding: Sequence[tuple[str, str]] | None = None) -> Loaded:
+    """Loads a run, or a directory in the Hugging Face layout (config.json with a model_type, safetensors, tokenizer and processor files).
 
+    Args:
+      path: the workdir or directory.
+      step: of a run; None is the newest checkpoint that verifies.
+      dtype, mesh, sharding: of a directory, see `interop.load_directory`: what its parameters become and where they go.
     Raises:
-      CheckpointError: if there is no run, no such step, or its data does not match its digests.
+      CheckpointError: if there is nothing to load, or its data is damaged or does not fit.
+      ConfigError: for a directory whose config.json cannot be used, or an argument that is for the other kind of folder.
     """
+    path = os.path.expanduser(os.fspath(path))
+    if _is_directory(path):
+        from vlm_jax.interop.directory import load_directory
+        if step is not None:
+            raise ConfigError(f"{path}: step {step}: this folder is no run and has no steps; leave step out.")
+        imported = load_directory(path, dtype, mesh, sharding)
+        return Loaded(imported.model, imported.params, imported.processor, imported.config, 0, imported.files)
+    if dtype is not None or mesh is not None or sharding is not None:
+        raise ConfigError(f"{path}: dtype, mesh and sharding are for directories in the Hugging Face layout; a run keeps its own.")
+    return _load_run(path, step)
+
+
+def save(loaded: Loaded, path: str | os.PathLike, format: str = "hf", shard_bytes: int = 5_000_000_000) -> None:
+    """Writes a loaded model as a directory that transformers reads: config.json, safetensors, tokenizer and processor files.
+
+    Args:
+      loaded: of `load`, or one with other parameters: `dataclasses.replace(loaded, params=...)`.
+      path: the folder; it is made.
+      format: "hf" is the only one.
+      shard_bytes: above this size the weights are written as several files and an index.
+    Raises:
+      ConfigError: for another format, or a model that transformers has no class for.
+      CheckpointError: if the folder cannot be written.
+    """
+    from vlm_jax.interop.directory import save_directory
+    from vlm_jax.settings import choose
+    choose({"hf": None}, format, "format")
+    save_directory(loaded, path, shard_bytes)
+
+
+def _is_directory(path: str) -> bool:
+    """Whether a folder holds a model in the Hugging Face layout: a config.json without a schema_version of ours, or with a model_type."""
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        return False
+    from vlm_jax.interop.config_reader import read_config
+    return "schema_version" not in read_config(path)
+
+
+def _load_run(workdir: str, step: int | None) -> Loaded:
     from vlm_jax import registry
     from vlm_jax.data.processor import Processor
     from vlm_jax.tasks import build_task
@@ -42,9 +90,8 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
     from vlm_jax.training.config import load_saved
     from vlm_jax.training.stages import stage_sections
 
-    workdir = os.fspath(workdir)
     if not os.path.exists(os.path.join(workdir, "config.json")) and "://" not in workdir:
-        raise CheckpointError(f"{workdir}: no config.json, so this is not a run; "
+        raise CheckpointError(f"{workdir}: no config.json, so this is neither a run nor a directory of weights; "
                               f"train one with python -m vlm_jax.train --config FILE --workdir {workdir}.")
     config = load_saved(workdir)
     sections = stage_sections(config, -1)

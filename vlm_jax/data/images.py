@@ -334,3 +334,47 @@ class FlexiblePatches:
         filled[:, 0], filled[:, 1] = np.repeat(np.arange(rows), columns) + 1, np.tile(np.arange(columns), rows) + 1
         filled[:, 2:] = cut.reshape(rows * columns, -1)
         return result
+
+
+@register("image", "naflex_patches")
+@dataclasses.dataclass(frozen=True)
+class NaflexPatches:
+    """SigLIP 2's preprocessing for native aspect ratios: at most `max_patches` whole patches, the aspect ratio kept up to one patch.
+
+    Tschannen et al., "SigLIP 2" (2025), section 2.4.2. The sides are multiples of `patch_size`, each rounded up from one common scale, the largest that
+    keeps to the number of patches. Pixels are scaled to [0, 1] and normalised. A row of the result is [row, column, patch_size^2 * 3 values]; rows and
+    columns count from 1, and what is left over is filled with zeros.
+    """
+    max_patches: int = 256
+    patch_size: int = 16
+    method: str = "bilinear"
+    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    std: Sequence[float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self):
+        FlexiblePatches(self.max_patches, self.patch_size), choose(METHODS, self.method, "method"), Normalize(self.mean, self.std)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Returns (rows, columns) of a picture of that many pixels: by bisection, as the released preprocessing finds them."""
+        def sides(scale: float) -> tuple[int, int]:
+            return max(math.ceil(height * scale / self.patch_size), 1), max(math.ceil(width * scale / self.patch_size), 1)
+        low, high = 1e-6, 100.0
+        while high - low >= 1e-5:
+            scale = (low + high) / 2
+            rows, columns = sides(scale)
+            low, high = (scale, high) if rows * columns <= self.max_patches else (low, scale)
+        return sides(low)
+
+    def __call__(self, image: Pixels, rng: np.random.Generator | None = None) -> Float[np.ndarray, "P 2+K"]:
+        image = as_image(image)
+        rows, columns = self.grid(image.height, image.width)
+        if rows * columns > self.max_patches:
+            raise problem("image_too_long", f"image: {image.width} x {image.height} pixels are too long a strip for {self.max_patches} patches; drop it.")
+        values = ValueRange(0, 1)(_resize(image, rows * self.patch_size, columns * self.patch_size, self.method))
+        values = Normalize(self.mean, self.std)(values)
+        cut = values.reshape(rows, self.patch_size, columns, self.patch_size, 3).swapaxes(1, 2)
+        result = np.zeros((self.max_patches, 2 + self.patch_size ** 2 * 3), np.float32)
+        filled = result[:rows * columns]
+        filled[:, 0], filled[:, 1] = np.repeat(np.arange(rows), columns) + 1, np.tile(np.arange(columns), rows) + 1
+        filled[:, 2:] = cut.reshape(rows * columns, -1)
+        return result

@@ -15,7 +15,7 @@ from vlm_jax.nn import BlockInit, Dropout, LayerNorm, Linear, Stack, Transformer
 from vlm_jax.nn.initializers import initializer
 from vlm_jax.sharding.activations import constrain
 
-POOLS = ("last", "eot", "argmax", "gap", "none")
+POOLS = ("last", "eot", "eot_or_first", "argmax", "gap", "none")
 
 
 class TextTransformer(nn.Module):
@@ -25,8 +25,9 @@ class TextTransformer(nn.Module):
       vocab_size, length: rows of the token table; tokens of a text (shorter ones are taken as well).
       width, depth, mlp_dim, num_heads: see `encoders.variants`.
       causal: each token reads only those before it.
-      pool: "last"; "eot" (first token whose id is `eot_id`); "argmax" (first of the highest id); "gap"; "none".
-      projection: None, "linear" or "linear_no_bias" to `embed_dim` after pooling.
+      pool: "last"; "eot" (first token whose id is `eot_id`, the last of a text without one) and "eot_or_first" (the first of
+        such a text); "argmax" (first of the highest id); "gap"; "none".
+      projection: None, "linear", "linear_no_bias" or "linear_tanh" to `embed_dim` after pooling.
       initialization: "siglip" (Xavier; tokens and positions with standard deviation 1/sqrt(width)) or "clip" (see `clip_init`; tokens 0.02, positions
         0.01).
       scan, remat: see `nn.Stack`.
@@ -62,6 +63,10 @@ class TextTransformer(nn.Module):
         """(length,) of one text."""
         return (self.length,)
 
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{"tokens": (length,)} of one example."""
+        return {"tokens": self.input_shape()}
+
     @nn.compact
     def __call__(self, tokens: Int[Array, "B T"], train: bool = False) -> tuple[Float[Array, "B D"], dict[str, Array]]:
         self._check(tokens.shape)
@@ -84,7 +89,8 @@ class TextTransformer(nn.Module):
         out["pooled"] = x = pool(x, self.pool, tokens=tokens, eot_id=self.eot_id)
         if self.projection is not None:
             kernel_init = self.width ** -0.5 if clip else "lecun_normal"
-            x = Linear(self.embed_dim, use_bias=self.projection == "linear", kernel_init=kernel_init, name="projection", **options)(x)
+            x = Linear(self.embed_dim, use_bias=self.projection != "linear_no_bias", kernel_init=kernel_init, name="projection", **options)(x)
+            x = jnp.tanh(x) if self.projection == "linear_tanh" else x
         return x, out
 
     def _check(self, shape: tuple[int, ...]) -> None:

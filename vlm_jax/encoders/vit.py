@@ -16,7 +16,7 @@ from vlm_jax.nn.pooling import POOLINGS
 from vlm_jax.sharding.activations import constrain
 
 POSITIONS = ("learned", "sincos2d")
-PROJECTIONS = (None, "linear", "linear_no_bias")
+PROJECTIONS = (None, "linear", "linear_no_bias", "linear_tanh")
 
 
 class Vit(nn.Module):
@@ -31,8 +31,9 @@ class Vit(nn.Module):
       width, depth, mlp_dim, num_heads: see `encoders.variants`.
       pool: "map", "gap", "cls" (adds a class token) or "none" (all tokens).
       positions: "learned" or "sincos2d" (fixed).
+      resample: how learned positions are brought to another grid, see `nn.resample_positions`.
       patch_bias, norm_before: bias of the patch projection; a norm between positions and blocks.
-      projection: None, "linear" or "linear_no_bias" to `embed_dim` after pooling.
+      projection: None, "linear", "linear_no_bias" or "linear_tanh" to `embed_dim` after pooling.
       dropout: after positions and inside blocks; patch_dropout: share of patches left out in training.
       scan, remat: see `nn.Stack`.
 
@@ -51,6 +52,7 @@ class Vit(nn.Module):
     num_heads: int = 12
     pool: str = "map"
     positions: str = "learned"
+    resample: str = "bilinear"
     patch_bias: bool = True
     norm_before: bool = False
     activation: str = "gelu_tanh"
@@ -74,6 +76,10 @@ class Vit(nn.Module):
         """(height, width, channels) of one image."""
         height, width = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
         return height, width, self.channels
+
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{"image": (height, width, channels)} of one example."""
+        return {"image": self.input_shape()}
 
     @nn.compact
     def __call__(self, image: Float[Array, "B H W C"], train: bool = False) -> tuple[Float[Array, "B D"], dict[str, Array]]:
@@ -111,7 +117,8 @@ class Vit(nn.Module):
             x = pool(x, self.pool)
         out["pooled"] = x
         if self.projection is not None:
-            x = Linear(self.embed_dim, use_bias=self.projection == "linear", kernel_init=self.width ** -0.5, name="projection", **options)(x)
+            x = Linear(self.embed_dim, use_bias=self.projection != "linear_no_bias", kernel_init=self.width ** -0.5, name="projection", **options)(x)
+            x = jnp.tanh(x) if self.projection == "linear_tanh" else x
         return x, out
 
     def _positions(self, grid: tuple[int, int], class_tokens: int) -> Float[Array, "N D"]:
@@ -120,7 +127,7 @@ class Vit(nn.Module):
         made_for = self.grid()
         shape = (class_tokens + made_for[0] * made_for[1], self.width)
         table = self.param("position_embedding", initializer(self.width ** -0.5), shape, jnp.dtype(self.param_dtype))
-        return resample_positions(table, made_for, grid, keep_first=class_tokens)
+        return resample_positions(table, made_for, grid, keep_first=class_tokens, method=self.resample)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 4 or shape[3] != self.channels:
@@ -137,7 +144,7 @@ class Vit(nn.Module):
 def check_projection(tower: str, projection: str | None, embed_dim: int | None) -> None:
     """Raises a ConfigError for an unknown kind of projection, or one without a width."""
     if projection not in PROJECTIONS:
-        raise ConfigError(f'{tower}.projection: "{projection}" is unknown; choose "linear", "linear_no_bias" or None.')
+        raise ConfigError(f'{tower}.projection: "{projection}" is unknown; choose "linear", "linear_no_bias", "linear_tanh" or None.')
     if projection is not None and not embed_dim:
         raise ConfigError(f"{tower}.embed_dim is missing: a projection needs the width it maps to.")
 

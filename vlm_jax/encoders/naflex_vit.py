@@ -1,0 +1,116 @@
+"""SigLIP 2's image tower for native aspect ratios (NaFlex): patches of pictures of any shape, positions resampled to the grid of each picture.
+
+Tschannen et al., "SigLIP 2" (2025), section 2.4; Dehghani et al., "Patch n' Pack: NaViT" (2023).
+"""
+from functools import partial
+import math
+
+from flax import linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vlm_jax.encoders.flexible_vit import filled
+from vlm_jax.encoders.vit import check_projection
+from vlm_jax.errors import ConfigError
+from vlm_jax.nn import AttentionPooling, Dropout, LayerNorm, Linear, Stack, TransformerBlock
+from vlm_jax.nn.initializers import initializer
+from vlm_jax.nn.positions import triangle_weights
+from vlm_jax.sharding.activations import constrain
+
+POOLINGS = ("map", "gap", "none")
+
+
+class NaflexVit(nn.Module):
+    """A vision transformer over the patches of pictures of any aspect ratio.
+
+    The input is what the image operation `naflex_patches` makes: [row, column, pixels], counted from 1, zeros where nothing stands. The grid of a picture
+    is its largest row and column. The learned positions, a square, are resampled to it (bilinear, antialiased), in one program for all shapes.
+
+    Attributes:
+      max_patches: how many patches the processor makes of a picture; the model itself takes any number.
+      num_positions: rows of the position table, a square number.
+      width, depth, mlp_dim, num_heads: see `encoders.variants`.
+      pool: "map" (padding is not read), "gap" (mean of the patches that are there) or "none" (all tokens).
+      projection: None, "linear" or "linear_no_bias" to `embed_dim` after pooling.
+
+    Returns:
+      the pooled embedding [B, D] ([B, P, D] for "none") and {"stem", "positions", "blocks": {name: [L, B, P, D]}, "tokens": normalised [B, P, D],
+      "pooled"}.
+    Raises:
+      ConfigError: for settings that do not fit each other, or patches of another size.
+    """
+    max_patches: int = 256
+    num_positions: int = 256
+    patch_size: int = 16
+    channels: int = 3
+    width: int = 768
+    depth: int = 12
+    mlp_dim: int = 3072
+    num_heads: int = 12
+    pool: str = "map"
+    activation: str = "gelu_tanh"
+    norm_eps: float = 1e-6
+    projection: str | None = None
+    embed_dim: int | None = None
+    dropout: float = 0.0
+    scan: bool = True
+    remat: str = "none"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    softmax_dtype: str = "float32"
+
+    def input_shape(self) -> tuple[int, int]:
+        """(patches, values of a patch) of one picture."""
+        return self.max_patches, 2 + self.patch_size ** 2 * self.channels
+
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{"image": (patches, values of a patch)} of one example."""
+        return {"image": self.input_shape()}
+
+    @nn.compact
+    def __call__(self, patches: Float[Array, "B P 2+K"], train: bool = False) -> tuple[Float[Array, "B D"], dict[str, Array]]:
+        self._check(patches.shape)
+        options = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        out = {}
+        pixels = patches[..., 2:].reshape(*patches.shape[:2], self.patch_size, self.patch_size, self.channels)
+        x = Linear(self.width, contract=3, kernel_init="lecun_normal", name="patch_embedding", **options)(pixels)
+        out["stem"] = x = constrain(x, "batch", "sequence", "embed")
+        x = x + self._positions(patches[..., :2].astype(jnp.int32)).astype(x.dtype)
+        out["positions"] = x = Dropout(self.dropout)(x, train)
+
+        there = filled(patches)
+        block = partial(TransformerBlock, self.num_heads, self.mlp_dim, self.activation, norm_eps=self.norm_eps, dropout=self.dropout,
+                        softmax_dtype=self.softmax_dtype, **options)
+        x, out["blocks"] = Stack(block, self.depth, self.scan, self.remat, name="blocks")(x, there[:, None, None], train=train)
+        out["tokens"] = x = LayerNorm(self.norm_eps, name="norm", **options)(x)
+        if self.pool == "map":
+            x = AttentionPooling(self.num_heads, self.mlp_dim, self.activation, self.norm_eps, softmax_dtype=self.softmax_dtype, name="pooling",
+                                 **options)(x, there[:, None, None])
+        elif self.pool == "gap":
+            weight = there[..., None].astype(x.dtype)
+            x = (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
+        out["pooled"] = x
+        if self.projection is not None:
+            x = Linear(self.embed_dim, use_bias=self.projection != "linear_no_bias", kernel_init=self.width ** -0.5, name="projection", **options)(x)
+            x = jnp.tanh(x) if self.projection == "linear_tanh" else x
+        return x, out
+
+    def _positions(self, places: Array) -> Float[Array, "B P D"]:
+        side = math.isqrt(self.num_positions)
+        table = self.param("position_embedding", initializer(self.width ** -0.5), (self.num_positions, self.width), jnp.dtype(self.param_dtype))
+        grid = jnp.maximum(places.max(1, keepdims=True), 1)
+        place = jnp.maximum(places - 1, 0)
+        down, across = (triangle_weights(place[..., axis], side, grid[..., axis]) for axis in range(2))
+        weights = (down[..., :, None] * across[..., None, :]).reshape(*places.shape[:2], self.num_positions)
+        return jnp.einsum("bpn,nd->bpd", weights, table.astype(jnp.float32), precision="highest")
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        values = 2 + self.patch_size ** 2 * self.channels
+        if len(shape) != 3 or shape[2] != values:
+            raise ConfigError(f"NaflexVit: patches have shape {shape}; it takes [batch, patches, {values}], patches of {self.patch_size} pixels: change "
+                              "naflex_patches.patch_size or model.image.patch_size.")
+        if math.isqrt(self.num_positions) ** 2 != self.num_positions:
+            raise ConfigError(f"NaflexVit.num_positions: {self.num_positions} is no square number; the positions are a square grid.")
+        if self.pool not in POOLINGS:
+            raise ConfigError(f'NaflexVit.pool: "{self.pool}" is not for patches; choose one of {", ".join(POOLINGS)}.')
+        check_projection("NaflexVit", self.projection, self.embed_dim)
