@@ -122,3 +122,42 @@ def test_dropout_differs_between_layers_and_unknown_remat_is_named(variables):
     np.testing.assert_array_equal(every[True], every[False])
     with pytest.raises(ConfigError, match='Did you mean "full"'):
         Stack(BLOCK, 2, remat="ful").init(jax.random.key(0), X)
+
+
+class Reader(nn.Module):
+    """Adds its own table's entry, and writes what it read into its row of the state."""
+    @nn.compact
+    def __call__(self, x, per_layer=None, state=None, layer=None, factor=1.0):
+        mixed = Linear(x.shape[-1], name="mix")(x) * factor + per_layer["shift"][:, None, None]
+        if state is None:
+            return mixed, {"mixed": mixed}
+        return mixed, {"mixed": mixed}, {"rows": state["rows"].at[layer].set(mixed[0]), "count": state["count"] + 1}
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_get_their_own_data_and_pass_a_state_on(remat):
+    per_layer = {"shift": jnp.arange(6.0).reshape(3, 2)}
+    state = {"rows": jnp.zeros((3, *X.shape[1:])), "count": jnp.zeros((), int)}
+    variables = Stack(Reader, 3).init(jax.random.key(0), X, per_layer=per_layer, state=state)
+    results = []
+    for scan in (True, False):
+        def loss(shift, x, scan=scan):
+            y, every, after = Stack(Reader, 3, scan, remat).apply(variables, x, per_layer={"shift": shift}, state=state, factor=0.5)
+            return (y * X).sum() + after["rows"].sum(), (y, every, after)
+        results.append(jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(per_layer["shift"], X))
+    for a, b in zip(*map(jax.tree.leaves, results)):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    (_, (y, every, after)), _ = results[0]
+    np.testing.assert_array_equal(after["rows"], every["mixed"][:, 0])
+    assert int(after["count"]) == 3
+    x = X
+    for i in range(3):
+        x = 0.5 * (x @ variables["params"]["mix"]["kernel"][i] + variables["params"]["mix"]["bias"][i]) + per_layer["shift"][i][:, None, None]
+    np.testing.assert_allclose(y, x, atol=1e-5)
+    without, every = Stack(Reader, 3).apply(variables, X, per_layer=per_layer, factor=0.5)   # no state: two results
+    np.testing.assert_allclose(without, y, atol=1e-5)
+
+
+def test_data_of_layers_must_have_all_of_them():
+    with pytest.raises(ConfigError, match=r"per_layer\['shift'\] has shape \(2, 2\); its first axis must be the 3 layers"):
+        Stack(Reader, 3).init(jax.random.key(0), X, per_layer={"shift": jnp.zeros((2, 2))})
