@@ -2,7 +2,8 @@
 
 Sources: Ti, S, B, L, H, g, G: Zhai et al., "Scaling Vision Transformers" (2022), table 2; Steiner et al., "How to train your ViT?" (2021), table 1;
 So400m: Alabdulmohsin et al., "Getting ViT in Shape" (2023), section 5; M (a size between S and B): the table of the big_vision code;
-g-opt: Tschannen et al., "SigLIP 2" (2025), whose released tower has these sizes.
+g-opt: Tschannen et al., "SigLIP 2" (2025), whose released tower has these sizes;
+e: Chen et al., "PaLI" (2022), table 1; 22B: Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters" (2023), table 1.
 """
 from typing import Any
 
@@ -20,6 +21,8 @@ VARIANTS: dict[str, dict[str, int]] = {
     "g": dict(width=1408, depth=40, mlp_dim=6144, num_heads=16),
     "g-opt": dict(width=1536, depth=40, mlp_dim=6144, num_heads=16),
     "G": dict(width=1664, depth=48, mlp_dim=8192, num_heads=16),
+    "e": dict(width=1792, depth=56, mlp_dim=15_360, num_heads=16),
+    "22B": dict(width=6144, depth=48, mlp_dim=24_576, num_heads=48),
 }
 
 

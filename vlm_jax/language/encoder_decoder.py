@@ -83,8 +83,8 @@ class EncoderDecoder(nn.Module):
         settings = self.block_settings(which)
         relative = call(relative_settings, self.relative, "model.relative")
         positions = "relative" if which == "decoder" or relative["encoder"] else "none"
-        return Transformer(settings, settings.depth, positions, relative=FrozenDict(relative, bidirectional=which == "encoder"), scan=self.scan, remat=self.remat,
-                           name=which)
+        relative = FrozenDict(relative, bidirectional=which == "encoder")
+        return Transformer(settings, settings.depth, positions, relative=relative, scan=self.scan, remat=self.remat, name=which)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings of tokens as `inputs["embeddings"]` takes them. An id beyond the vocabulary gives NaN."""
