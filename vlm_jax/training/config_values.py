@@ -92,7 +92,7 @@ def section_keys(path: Sequence[str], config: Mapping[str, Any]) -> list[str] | 
         case ["mesh"] | ["stages", _, "mesh"]:
             return ["data", "fsdp", "tensor", "sequence", "expert", "slices"]
         case ["processor"] | ["stages", _, "processor"]:
-            return ["image", "text"]
+            return ["image", "text", "format"]
         case ["dtypes"]:
             return ["params", "compute", "softmax", "frozen"]
         case ["checkpoint"]:
