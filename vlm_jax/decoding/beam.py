@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from vlm_jax.decoding.generate import generate
-from vlm_jax.decoding.program import PAD, Plan, is_end, make_plan, on_mesh, read_prompt, whole
+from vlm_jax.decoding.program import PAD, Plan, by_layer, is_end, make_plan, on_mesh, read_prompt, whole
 from vlm_jax.decoding.prompts import place, prepare
 from vlm_jax.errors import ConfigError
 
@@ -92,6 +92,7 @@ def _search(plan: Plan, beams: int, returned: int, early_stopping: bool | str, p
             penalty: Array) -> tuple[Array, ...]:
     model = plan.model.model
     logits, cache = read_prompt(plan, params, inputs, prefix)
+    params = by_layer(params)
     copies = jnp.repeat(jnp.arange(logits.shape[0]), beams)
     state = _choose(plan, _begin(plan, beams, logits.shape[0], cache.rows(copies)), logits[copies], penalty, early_stopping)
 

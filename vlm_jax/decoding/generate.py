@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from vlm_jax.decoding.program import Plan, advance, begin, make_plan, on_mesh, read_prompt, whole
+from vlm_jax.decoding.program import Plan, advance, begin, by_layer, make_plan, on_mesh, read_prompt, whole
 from vlm_jax.decoding.prompts import batch_size, place, prepare
 from vlm_jax.decoding.sampling import GREEDY, Rules, Sampler, row_keys, row_numbers
 
@@ -70,11 +70,11 @@ def prefix_cache(model: Any, params: Any, inputs: Mapping[str, Any], *, mesh: ja
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _prefix(plan: Plan, params: Any, inputs: Mapping[str, Array]) -> Any:
-    return read_prompt(plan, params, inputs)[1]
+    return read_prompt(plan, params, inputs)[1].stacked()
 
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _generate(plan: Plan, params: Any, inputs: Mapping[str, Array], rules: Rules, seed: Array, rows: Array, prefix: Any) -> tuple[Array, ...]:
     keys = row_keys(seed, rows)
-    state = advance(plan, params, begin(plan, params, inputs, rules, keys, prefix), rules, keys, plan.max_tokens)
+    state = advance(plan, by_layer(params), begin(plan, params, inputs, rules, keys, prefix), rules, keys, plan.max_tokens)
     return whole((state.tokens, state.lengths, state.logprobs, state.finished))

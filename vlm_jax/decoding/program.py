@@ -17,6 +17,7 @@ import numpy as np
 
 from vlm_jax.decoding.sampling import Rules, step_keys
 from vlm_jax.errors import ConfigError
+from vlm_jax.nn.stack import unstacked
 
 PAD = 0   # what stands behind the end of an answer
 
@@ -61,11 +62,19 @@ def end_ids(eos: int | Sequence[int] | None) -> tuple[int, ...]:
     return ids
 
 
+def unrolls() -> bool:
+    """Whether the layers are unrolled for decoding: on CPUs, where a scan, or a slice of a stack, copies every kernel for every token."""
+    return jax.default_backend() == "cpu"
+
+
 def for_decoding(model: Any) -> Any:
-    """The same model with its layers unrolled on CPUs, where a scan copies the kernels of every layer for every token."""
-    if jax.default_backend() == "cpu" and getattr(model, "scan", None) is True:
-        return model.clone(scan=False)
-    return model
+    """The same model, with its layers unrolled where that is faster."""
+    return model.clone(scan=False) if unrolls() and getattr(model, "scan", None) is True else model
+
+
+def by_layer(params: Any) -> Any:
+    """The parameters as the loop reads them: on CPUs with every stack of layers as tuples, copied once for a whole answer instead of once a token."""
+    return unstacked(params) if unrolls() else params
 
 
 @flax.struct.dataclass
@@ -89,16 +98,17 @@ class State:
 
 def read_prompt(plan: Plan, params: Any, inputs: Mapping[str, Array], prefix: Any = None) -> tuple[Float[Array, "B V"], Any]:
     """The logits of what follows each prompt, and the cache that holds it; behind `prefix`, a cache, where one is given."""
-    model = plan.model.model
+    model, layered = plan.model.model, unrolls()
     if prefix is None:
-        return model.apply({"params": params}, dict(inputs), plan.cache_length, method="start")
+        logits, cache = model.apply({"params": params}, dict(inputs), plan.cache_length, method="start")
+        return logits, cache.unstacked() if layered else cache
     tokens, valid = inputs["tokens"], inputs["valid"]
     cache = grown(prefix, plan.cache_length)
     if cache.index.shape[0] != tokens.shape[0]:
         cache = cache.rows(jnp.zeros(tokens.shape[0], jnp.int32))
     logits, cache = model.apply({"params": params}, tokens, cache, valid, method="extend")
     last = jnp.where(valid, jnp.arange(tokens.shape[1]), -1).max(1)
-    return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], cache
+    return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], cache.unstacked() if layered else cache
 
 
 def grown(cache: Any, length: int) -> Any:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from vlm_jax.decoding.generate import Generated
-from vlm_jax.decoding.program import PAD, Plan, Static, chosen_logprob, for_decoding, is_end, make_plan, on_mesh, read_prompt, whole
+from vlm_jax.decoding.program import PAD, Plan, Static, by_layer, chosen_logprob, for_decoding, is_end, make_plan, on_mesh, read_prompt, whole
 from vlm_jax.decoding.prompts import batch_size, place, prepare
 from vlm_jax.decoding.sampling import GREEDY, Rules, Sampler, row_keys, row_numbers, step_keys
 from vlm_jax.errors import ConfigError
@@ -108,6 +108,7 @@ def _run(plan: Plan, draft: Plan, proposals: int, params: Any, draft_params: Any
     state = _State(last=first, lengths=nothing + 1, finished=finished, done=finished | (plan.max_tokens <= 1), tokens=room.at[:, 0].set(first),
                    logprobs=room.astype(jnp.float32).at[:, 0].set(chosen_logprob(logits.astype(jnp.float32), first)), rounds=nothing + 1, accepted=nothing,
                    cache=cache, draft_cache=read_prompt(draft, draft_params, draft_inputs)[1])
+    params, draft_params = by_layer(params), by_layer(draft_params)
     state = lax.while_loop(lambda state: ~state.done.all(), lambda state: _round(plan, draft, proposals, params, draft_params, rules, keys, state), state)
     behind = jnp.arange(plan.max_tokens) >= state.lengths[:, None]
     tokens = jnp.where(behind, PAD, state.tokens[:, :plan.max_tokens])

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array
 import numpy as np
 
-from vlm_jax.decoding.program import Plan, State, advance, begin, make_plan, on_mesh, whole
+from vlm_jax.decoding.program import Plan, State, advance, begin, by_layer, make_plan, on_mesh, unrolls, whole
 from vlm_jax.decoding.prompts import batch_size, place, prepare
 from vlm_jax.decoding.sampling import GREEDY, Rules, Sampler, row_keys, row_numbers
 from vlm_jax.decoding.text import TextStream, stop_strings
@@ -48,6 +48,7 @@ def _pieces(plan: Plan, params: Any, prompts: Mapping[str, Any], prefix: Any, ru
     done = 0
     with on_mesh(mesh):
         state, shown = _begin(plan, params, place(prompts, mesh), rules, seed, numbers, prefix)
+        params = _by_layer(params) if unrolls() else params
     while True:
         step, tokens, lengths, finished = map(np.asarray, shown)
         ends = finished.astype(bool)
@@ -68,6 +69,9 @@ def _pieces(plan: Plan, params: Any, prompts: Mapping[str, Any], prefix: Any, ru
 
 def _shown(state: State) -> tuple[Array, ...]:
     return whole((state.step, state.tokens, state.lengths, state.finished))
+
+
+_by_layer = jax.jit(by_layer)
 
 
 @functools.partial(jax.jit, static_argnames="plan")

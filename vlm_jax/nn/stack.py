@@ -1,5 +1,5 @@
 """A stack of equal blocks whose parameters are stored with a leading layer axis, run by `lax.scan` or as an unrolled loop over slices."""
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen as nn
@@ -76,6 +76,32 @@ def _layers_backward(_, gradients):
 _layers.defvjp(_layers_forward, _layers_backward)
 
 
+def unstacked(params: Any, name: str = "blocks") -> Any:
+    """The parameters with every array under a `Stack` of this name as a tuple of its layers, which the stack then runs unrolled, whatever its `scan`.
+
+    A program that applies the blocks many times (decoding, a token at a time) would otherwise slice, on CPUs copy, every kernel each time.
+    """
+    if not isinstance(params, Mapping):
+        return params
+
+    def split(leaf):
+        return leaf if isinstance(leaf, tuple) else tuple(leaf[i] for i in range(leaf.shape[0]))
+    return {key: jax.tree.map(split, value, is_leaf=_is_layers) if key == name else unstacked(value, name) for key, value in params.items()}
+
+
+def _is_layers(leaf: Any) -> bool:
+    return isinstance(leaf, tuple)
+
+
+def _layers_of(params: Any, per_layer: Any, depth: int) -> list[Any]:
+    """(parameters, settings) of each layer; the parameters are arrays with a layer axis, or tuples."""
+    if not any(map(_is_layers, jax.tree.leaves(params, is_leaf=_is_layers))):
+        return _layers((params, per_layer))
+    settings = _layers(per_layer) if per_layer is not None else [None] * depth
+    leaves, structure = jax.tree.flatten(params, is_leaf=_is_layers)
+    return [(structure.unflatten([leaf[i] for leaf in leaves]), settings[i]) for i in range(depth)]
+
+
 def _stack(trees: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
@@ -133,6 +159,7 @@ class Stack(nn.Module):
             for name, value in made.items():
                 self.put_variable("params", name, value)
         params = dict(self.variables["params"])
+        unrolled = not self.scan or any(map(_is_layers, jax.tree.leaves(params, is_leaf=_is_layers)))
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
 
         def apply(carry, layer, index):
@@ -145,12 +172,12 @@ class Stack(nn.Module):
 
         if self.remat != "none":
             # Inside a scan the loop itself keeps the compiler from merging the second computation with the first. The index of an unrolled layer stays an int.
-            apply = jax.checkpoint(apply, policy=policy, prevent_cse=not self.scan, static_argnums=() if self.scan else (2,))
-        if self.scan:
+            apply = jax.checkpoint(apply, policy=policy, prevent_cse=unrolled, static_argnums=() if not unrolled else (2,))
+        if not unrolled:
             (x, state_after), every = lax.scan(lambda carry, xs: apply(carry, *xs), (x, state), ((params, per_layer), jnp.arange(self.depth)))
         else:
             carry, every_layer = (x, state), []
-            for index, layer in enumerate(_layers((params, per_layer))):
+            for index, layer in enumerate(_layers_of(params, per_layer, self.depth)):
                 carry, intermediates = apply(carry, layer, index)
                 every_layer.append(intermediates)
             (x, state_after), every = carry, _stack(every_layer)
