@@ -32,7 +32,7 @@ class Decoder(nn.Module):
 
     Attributes:
       vocab_size, width, depth, mlp_dim, num_heads: sizes. head_dim is width / num_heads unless given; num_kv_heads (which must divide num_heads) is num_heads.
-      norm: "rms", "rms_plus_one" (the scale is stored minus one), "layer" or "layer_no_bias", with `norm_eps`.
+      norm: "rms", "rms_plus_one" (the scale is stored minus one), "layer", "layer_no_bias" or "layer_plain" (no parameters), with `norm_eps`.
       norm_place: "pre"; "post" (after the sum); "both" (before, and after what is added).
       parallel: attention and MLP read the same x; with `shared_norm` by one norm, else each by its own.
       final_norm: whether a norm comes before the head.
@@ -41,7 +41,8 @@ class Decoder(nn.Module):
       positions: "rope" (see `rope`), "learned" (a table of max_positions + position_offset rows; position p is row p + position_offset), "alibi" or "none".
       rope: settings of `nn.rotary`: theta, fraction (of each head that is rotated), scaling, and local_theta, local_scaling of the layers in a window.
       qk_norm: None, or the kind of norm that queries and keys pass head by head.
-      attention_scale: of the products of queries and keys, head_dim^-1/2 unless given. attention_soft_cap, logits_soft_cap: c makes c tanh(x / c) of them.
+      attention_scale: of the products of queries and keys, head_dim^-1/2 unless given; a tuple has one for each layer.
+      attention_soft_cap, logits_soft_cap: c makes c tanh(x / c) of them.
       clip_qkv: queries, keys and values are cut to [-clip_qkv, clip_qkv].
       window: positions that a token sees, itself included, in the layers that the repeating pattern `windowed` says; None: all.
       embed_dim: width of the token table and the head, with a projection to `width` and one back (OPT-350M).
@@ -71,7 +72,7 @@ class Decoder(nn.Module):
     position_offset: int = 0
     rope: Mapping[str, Any] | None = None
     qk_norm: str | None = None
-    attention_scale: float | None = None
+    attention_scale: float | tuple[float, ...] | None = None
     attention_soft_cap: float | None = None
     logits_soft_cap: float | None = None
     clip_qkv: float | None = None
@@ -92,6 +93,8 @@ class Decoder(nn.Module):
         object.__setattr__(self, "rope", FrozenDict(self.rope or {}))
         object.__setattr__(self, "biases", tuple(self.biases))
         object.__setattr__(self, "windowed", tuple(self.windowed))
+        if isinstance(self.attention_scale, list):
+            object.__setattr__(self, "attention_scale", tuple(self.attention_scale))
         super().__post_init__()
 
     def setup(self):

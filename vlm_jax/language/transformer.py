@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.errors import ConfigError
-from vlm_jax.nn import Dropout, Linear, Mlp, Stack, attention, initializer, norm
+from vlm_jax.nn import ACTIVATIONS, NORMS, Dropout, Linear, Mlp, Stack, attention, initializer, norm
 from vlm_jax.nn.attention import head_size, split_heads
 from vlm_jax.nn.biases import alibi, alibi_slopes, relative_bias, relative_buckets
 from vlm_jax.nn.cache import Cache, Slots
 from vlm_jax.nn.rotary import apply_rotary, check_rotary, rotary
 from vlm_jax.nn.visibility import Visibility
-from vlm_jax.settings import call
+from vlm_jax.settings import call, choose
 from vlm_jax.sharding.activations import constrain
 
 NORM_PLACES = ("pre", "post", "both")
@@ -51,7 +51,7 @@ class BlockSettings:
     gated: bool = True
     biases: tuple[str, ...] = ()
     qk_norm: str | None = None
-    attention_scale: float | None = None
+    attention_scale: float | tuple[float, ...] | None = None
     attention_soft_cap: float | None = None
     clip_qkv: float | None = None
     cross: bool = False
@@ -61,6 +61,10 @@ class BlockSettings:
     softmax_dtype: str = "float32"
 
     def __post_init__(self):
+        choose(NORMS, self.norm, "norm")
+        choose(ACTIVATIONS, self.activation, "activation")
+        if self.qk_norm is not None:
+            choose(NORMS, self.qk_norm, "qk_norm")
         if self.norm_place not in NORM_PLACES:
             raise ConfigError(f'norm_place: "{self.norm_place}" is unknown; choose one of {", ".join(NORM_PLACES)}.')
         if self.parallel and self.norm_place != "pre":
@@ -69,6 +73,8 @@ class BlockSettings:
             raise ConfigError("shared_norm: attention and MLP share a norm only where parallel=True.")
         if self.cross and (self.parallel or self.norm_place != "pre"):
             raise ConfigError('cross: cross-attention needs norm_place="pre" and parallel=False.')
+        if isinstance(self.attention_scale, tuple) and len(self.attention_scale) != self.depth:
+            raise ConfigError(f"attention_scale: {len(self.attention_scale)} numbers for {self.depth} layers; give one number, or one a layer.")
         if self.num_heads < 1 or self.groups < 1 or self.num_heads % self.groups:
             raise ConfigError(f"num_kv_heads: {self.groups} do not divide the {self.num_heads} heads; choose a divisor.")
         if self.head_dim is None:
@@ -86,8 +92,9 @@ class BlockSettings:
 
     @property
     def scale(self) -> float:
-        """What multiplies the products of queries and keys."""
-        return self.head_size ** -0.5 if self.attention_scale is None else self.attention_scale
+        """What multiplies the products of queries and keys (of the first layer, where each has its own)."""
+        scale = self.attention_scale[0] if isinstance(self.attention_scale, tuple) else self.attention_scale
+        return self.head_size ** -0.5 if scale is None else scale
 
     @property
     def options(self) -> dict[str, str]:
@@ -106,13 +113,14 @@ class LanguageAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], visibility: Visibility, *, rotation: Any = None, bias: Float[Array, "#B H T S"] | None = None,
-                 source: Float[Array, "B M D"] | None = None, known: tuple[Array, Array] | None = None,
+                 source: Float[Array, "B M D"] | None = None, known: tuple[Array, Array] | None = None, factor: Float[Array, ""] | None = None,
                  write: Callable[[Array, Array], tuple[Array, Array]] | None = None) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Args:
           rotation: of queries and keys, see `nn.rotary`.
           bias: added to the logits.
           source: what keys and values are made of, instead of x.
           known: keys and values made before, instead of any.
+          factor: of queries, where layers have scales of their own.
           write: puts new keys and values into a cache and returns those to read.
         Returns:
           what attention adds [B, T, D], and the keys and values [B, S, G, K] that it read.
@@ -130,6 +138,7 @@ class LanguageAttention(nn.Module):
             return checkpoint_name(y if rotation is None else apply_rotary(y, *rotation), "qkv")
 
         query = finished("query_norm", project("query", s.num_heads, x, "sequence"))
+        query = query if factor is None else query * factor.astype(query.dtype)
         if known is None:
             of = x if source is None else source
             known = finished("key_norm", project("key", s.groups, of, "keys")), checkpoint_name(project("value", s.groups, of, "keys"), "qkv")
@@ -150,7 +159,7 @@ class LanguageBlock(nn.Module):
         """Args:
           shared: what all blocks get: "visibility", and perhaps "rotations" (of all layers, and of those in a window), "bias" or "buckets", "encoded" (states
             of an encoder), "cross" (the visibility of its keys), "slots" (of the tokens in the cache).
-          per_layer: what this block gets: perhaps "window", "windowed", "relative_bias" (a table by buckets).
+          per_layer: what this block gets: perhaps "window", "windowed", "relative_bias" (a table by buckets), "factor" (of queries).
           state, layer: the cache, and the block's number in it.
           train: whether dropout is active.
         Returns:
@@ -176,7 +185,8 @@ class LanguageBlock(nn.Module):
 
         def attend(h: Array) -> Array:
             module = LanguageAttention(s, name="attention")
-            return checkpoint_name(module(h, visibility, rotation=rotation, bias=bias, write=None if state is None else write)[0], "attended")
+            made = module(h, visibility, rotation=rotation, bias=bias, factor=own.get("factor"), write=None if state is None else write)
+            return checkpoint_name(made[0], "attended")
 
         def mlp(h: Array) -> Array:
             return Mlp(s.mlp_dim, s.activation, s.dropout, gated=s.gated, biases=tuple(name for name in s.biases if name in ("gate", "up", "down")),
@@ -259,6 +269,8 @@ class Transformer(nn.Module):
         shared: dict[str, Any] = {"visibility": visibility}
         per_layer: dict[str, Array] = {}
         local = self.window_pattern()
+        if isinstance(s.attention_scale, tuple):
+            per_layer["factor"] = jnp.asarray([scale / s.scale for scale in s.attention_scale], jnp.float32)
         if any(local):
             per_layer["window"] = jnp.where(jnp.asarray(local), self.window, 0)
         self._positions(shared, per_layer, positions, visibility, local)

@@ -43,19 +43,18 @@ layer_norm.defvjp(_forward, _backward)
 
 
 class LayerNorm(nn.Module):
-    """`layer_norm` with learned scale (starts at 1) and, unless `use_bias` is False, bias (starts at 0); output in `dtype`."""
+    """`layer_norm` with learned scale (starts at 1) and bias (starts at 0), unless `use_scale` or `use_bias` are False; output in `dtype`."""
     eps: float = 1e-6
     dtype: str = "float32"
     param_dtype: str = "float32"
     use_bias: bool = True
+    use_scale: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.param_dtype))
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.dtype(self.param_dtype))
-        else:
-            bias = jnp.zeros((x.shape[-1],), scale.dtype)
+        shape, dtype = (x.shape[-1],), jnp.dtype(self.param_dtype)
+        scale = self.param("scale", nn.initializers.ones, shape, dtype) if self.use_scale else jnp.ones(shape, dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, dtype) if self.use_bias else jnp.zeros(shape, dtype)
         return layer_norm(x.astype(self.dtype), scale, bias, self.eps)
 
 
@@ -101,8 +100,8 @@ class RmsNorm(nn.Module):
         return rms_norm(x.astype(self.dtype), scale, self.eps, self.offset)
 
 
-NORMS = {"layer": LayerNorm, "layer_no_bias": functools.partial(LayerNorm, use_bias=False), "rms": RmsNorm,
-         "rms_plus_one": functools.partial(RmsNorm, offset=1.0)}
+NORMS = {"layer": LayerNorm, "layer_no_bias": functools.partial(LayerNorm, use_bias=False),
+         "layer_plain": functools.partial(LayerNorm, use_bias=False, use_scale=False), "rms": RmsNorm, "rms_plus_one": functools.partial(RmsNorm, offset=1.0)}
 
 
 def norm(kind: str, eps: float = 1e-6, *, dtype: str = "float32", param_dtype: str = "float32", name: str | None = None) -> nn.Module:
