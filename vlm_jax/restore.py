@@ -31,6 +31,11 @@ class Loaded:
         from vlm_jax.evaluation.predictor import Predictor
         return Predictor(self.model, self.params, self.processor, mesh=mesh, batch_size=batch_size)
 
+    def generator(self, batch_size: int = 16, mesh=None, **options: Any):
+        """Returns a `vlm_jax.evaluation.generator.Generator`: answers to pictures and prompts."""
+        from vlm_jax.evaluation.generator import Generator
+        return Generator(self.model, self.params, self.processor, mesh, batch_size, **options)
+
 
 def load(path: str | os.PathLike, step: int | None = None, *, dtype: str | None = None, mesh: Any = None,
          sharding: Sequence[tuple[str, str]] | None = None) -> Loaded:
@@ -57,12 +62,14 @@ def load(path: str | os.PathLike, step: int | None = None, *, dtype: str | None 
 
 
 def save(loaded: Loaded, path: str | os.PathLike, format: str = "hf", shard_bytes: int = 5_000_000_000) -> None:
-    """Writes a loaded model as a directory that transformers reads: config.json, safetensors, tokenizer and processor files.
+    """Writes a loaded model as a directory that transformers reads: config.json, safetensors, tokenizer and processor files; or its adapters alone for PEFT.
+
+    Of a whole model adapters are merged, and int8 kernels are written as float32.
 
     Args:
       loaded: of `load`, or one with other parameters: `dataclasses.replace(loaded, params=...)`.
       path: the folder; it is made.
-      format: "hf" is the only one.
+      format: "hf", or "peft" (`interop/peft.py`).
       shard_bytes: above this size the weights are written as several files and an index.
     Raises:
       ConfigError: for another format, or a model that transformers has no class for.
@@ -70,7 +77,13 @@ def save(loaded: Loaded, path: str | os.PathLike, format: str = "hf", shard_byte
     """
     from vlm_jax.interop.directory import save_directory
     from vlm_jax.settings import choose
-    choose({"hf": None}, format, "format")
+    from vlm_jax.training import adapters
+    if choose({"hf": False, "peft": True}, format, "format"):
+        from vlm_jax.interop.peft import save_adapters
+        save_adapters(loaded, path)
+        return
+    if adapters.adapted(loaded.params) or adapters.quantized(loaded.params):
+        loaded = dataclasses.replace(loaded, params=adapters.plain(loaded.params))
     save_directory(loaded, path, shard_bytes)
 
 

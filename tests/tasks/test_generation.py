@@ -141,6 +141,10 @@ def test_ids_beyond_the_vocabulary_are_errors_of_the_host(small):
 
 
 class Processor:
+    """What a task asks of a processor."""
+    class format:
+        image_tokens = 0
+
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
 
@@ -150,6 +154,10 @@ def test_what_does_not_fit_is_refused():
     task.check_fit(Processor(V), "processor")
     with pytest.raises(ConfigError, match=f"has {V + 1} entries, the model's table {V}; raise the vocab_size"):
         task.check_fit(Processor(V + 1), "processor")
+    bare = Processor(V)
+    bare.format = None
+    with pytest.raises(ConfigError, match="processor.format is missing"):
+        task.check_fit(bare, "processor")
     with pytest.raises(ConfigError, match="needs a model that generates text, Linear does not"):
         build_task({"name": "generation"}, Linear(3))
     for settings, message in (({"label_smoothing": 1.0}, "label_smoothing is 1.0"), ({"z_loss": -1}, "z_loss is -1"),

@@ -14,6 +14,9 @@ EVALUATORS: dict[str, str] = {
     "retrieval": "vlm_jax.evaluation.retrieval:retrieval",
     "zero_shot": "vlm_jax.evaluation.zero_shot:zero_shot",
     "linear_probe": "vlm_jax.evaluation.linear_probe:linear_probe",
+    "captioning": "vlm_jax.evaluation.answering:captioning",
+    "vqa": "vlm_jax.evaluation.answering:vqa",
+    "grounding": "vlm_jax.evaluation.answering:grounding",
 }
 
 
@@ -21,8 +24,8 @@ def evaluate(name: str, settings: Mapping[str, Any], predictor: Any, folder: str
     """Runs the evaluation `name` of a config.
 
     Args:
-      settings: {"evaluator": "retrieval" | "zero_shot" | "linear_probe", "source": {...}, and the settings of that evaluator}.
-      predictor: a `vlm_jax.evaluation.predictor.Predictor`.
+      settings: {"evaluator": a name of `EVALUATORS`, "source": {...}, and the settings of that evaluator}.
+      predictor: a `vlm_jax.evaluation.predictor.Predictor`, or for generated text a `vlm_jax.evaluation.generator.Generator`.
       folder: where metrics.json, predictions.jsonl and pictures go; made if it does not exist.
     Returns:
       {metric: value}.

@@ -4,6 +4,7 @@ import io
 import os
 import textwrap
 from typing import Any
+import warnings
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from vlm_jax import storage
 
 QUERIES = 8
 ANSWERS = 6
-RIGHT, WRONG, INK, GRID = "#1a7f37", "#c9ccd1", "#24292f", "#d0d7de"
+RIGHT, WRONG, INK, GREY, GRID = "#1a7f37", "#c9ccd1", "#24292f", "#57606a", "#d0d7de"
 
 
 def text_to_image(path: str | os.PathLike, predictions: Sequence[Mapping[str, Any]], thumbnails: Mapping[int, Any]) -> None:
@@ -43,6 +44,26 @@ def classified(path: str | os.PathLike, predictions: Sequence[Mapping[str, Any]]
     lines = [{"query": {"index": line["index"]}, "answers": [{"text": answer["class"], "score": answer["score"], "right": answer["label"] == line["label"]}
                                                              for answer in line["answers"]]} for line in predictions[:QUERIES]]
     image_to_text(path, lines, thumbnails)
+
+
+def answered(path: str | os.PathLike, lines: Sequence[Mapping[str, Any]], thumbnails: Mapping[int, Any]) -> None:
+    """Draws pictures with prompt, answer and target, right answers in green; `boxes` {"target", "answer"} of a line (shares: top, left, bottom, right) are
+    drawn into its picture."""
+    from matplotlib.patches import Rectangle
+    rows = max(1, -(-len(lines) // 2))
+    figure, axes = _grid(rows, 4, widths=[1, 3, 1, 3])
+    for number, line in enumerate(lines):
+        cells = axes[number % rows][2 * (number // rows):]
+        thumbnail = np.asarray(thumbnails[line["index"]])
+        _picture(cells[0], thumbnail, RIGHT if line["right"] else WRONG, 3 if line["right"] else 1)
+        for which, boxes in line.get("boxes", {}).items():
+            for top, left, bottom, right in boxes:
+                height, width = thumbnail.shape[:2]
+                cells[0].add_patch(Rectangle((left * width - 0.5, top * height - 0.5), (right - left) * width, (bottom - top) * height, fill=False,
+                                             edgecolor=RIGHT if which == "target" else INK, linestyle="--" if which == "target" else "-", linewidth=1.5))
+        words = [(line["prompt"], INK, "normal"), (line["prediction"] or "(nothing)", RIGHT if line["right"] else INK, "bold")]
+        _words(cells[1], words[not line["prompt"]:] + [(line["references"][0], GREY, "normal")] * (not line["right"]))
+    _save(figure, path)
 
 
 def recall_curve(path: str | os.PathLike, ranks: Mapping[str, np.ndarray], answers: int) -> None:
@@ -115,6 +136,8 @@ def _save(figure, path: str | os.PathLike) -> None:
     """Writes a PNG of 256 colours: a third of the size, and no eye sees the difference at these sizes."""
     from PIL import Image
     full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, facecolor="white")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")     # a script that the font does not have is drawn as boxes
+        figure.savefig(full, facecolor="white")
     Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="PNG", optimize=True)
     storage.write_whole(path, small.getvalue())

@@ -100,25 +100,27 @@ class GenerationTask:
         kind = form.get("kind")
         if kind not in KINDS:
             raise ConfigError(f'processor.format.kind is {kind!r}; a task that generates text needs {" or ".join(KINDS)}.')
-        for key in ("length", *(("target_length",) if kind == "encoder_decoder" else ())):
-            if type(form.get(key)) is not int or form[key] < 1:
-                raise ConfigError(f"processor.format.{key} is {form.get(key)!r}; it must be an integer of at least 1.")
-        row = (form["length"],)
-        shapes = {"tokens": (row, jnp.int32), "valid": (row, jnp.bool_)}
         pictures = {name: (shape, jnp.float32) for name, shape in self.input_shapes().items() if name in ("images", "patches")}
-        if form.get("image_tokens") or "patches" in pictures:
+        alone = "patches" in pictures and kind == "encoder_decoder" and not form.get("image_tokens")     # the encoder reads patches and no text
+        for key, least in (("length", 0 if alone else 1), *((("target_length", 1),) if kind == "encoder_decoder" else ())):
+            if type(form.get(key)) is not int or form[key] < least:
+                raise ConfigError(f"processor.format.{key} is {form.get(key)!r}; it must be an integer of at least {least}.")
+        row, target = (form["length"],), (form["target_length" if kind == "encoder_decoder" else "length"],)
+        shapes = {"tokens": (row, jnp.int32), "valid": (row, jnp.bool_)} if form["length"] else {}
+        if form.get("image_tokens") or alone:
             shapes.update(pictures)
         if form.get("image_tokens"):
             shapes["slots"] = (row, jnp.int32)
-        if kind == "encoder_decoder":
-            row = (form["target_length"],)
-            shapes["targets"] = (row, jnp.int32)
-        else:
-            shapes["prefix"] = (row, jnp.bool_)
-        return {**shapes, "loss_weights": (row, jnp.float32)}
+        shapes.update({"targets": (target, jnp.int32)} if kind == "encoder_decoder" else {"prefix": (row, jnp.bool_)})
+        return {**shapes, "loss_weights": (target, jnp.float32)}
 
     def check_fit(self, processor: Any, where: str) -> None:
-        """Raises a ConfigError where the processor's tokens are not those of the model."""
+        """Raises a ConfigError where the processor has no format, or its tokens are not those of the model."""
+        form = processor.format
+        if form is None:
+            raise ConfigError(f'{where}.format is missing; a task that generates text needs one, such as dict(kind="prefix_lm", length=64).')
+        if form.image_tokens and hasattr(self.model, "image_tokens"):
+            form.check_model(image_tokens=self.model.image_tokens(), where=f"{where}.format")
         entries = self.vocabulary(jax.eval_shape(self.init, jax.random.key(0)))
         if processor.vocab_size is not None and processor.vocab_size > entries:
             raise ConfigError(f"{where}.text: the tokenizer has {processor.vocab_size} entries, the model's table {entries}; raise the vocab_size of the "
