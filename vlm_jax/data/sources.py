@@ -1,8 +1,8 @@
 """Sources: index-addressed records behind one small interface, built from config sections by name.
 
-A record is a dict: `image` (encoded bytes, a uint8 array [H, W, 3] or a PIL image), `texts` (list of str, any of which is right) and optional
-extras (`label` int, `attributes`, `boxes`, `concept`, `group`). What is wrong with one record is raised when that record is read, as a DataError
-with a `reason`; what is wrong with the whole is raised when the source is built.
+A record is a dict: `image` (encoded bytes, a uint8 array [H, W, 3] or a PIL image), `texts` (list of str, any of which is right), for models that write
+text `prompt` (str), and optional extras (`label` int, `attributes`, `boxes`, `concept`, `group`). What is wrong with one record is raised when that record
+is read, as a DataError with a `reason`; what is wrong with the whole is raised when the source is built.
 """
 import bisect
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +18,11 @@ SOURCES = {
     "emoji": "vlm_jax.data.worlds.emoji:emoji_source",
     "shapes": "vlm_jax.data.worlds.shapes:shapes_source",
     "digits": "vlm_jax.data.worlds.digits:digits_source",
+    "shapes_captions": "vlm_jax.data.worlds.shape_tasks:captions_source",
+    "shapes_questions": "vlm_jax.data.worlds.shape_tasks:questions_source",
+    "shapes_boxes": "vlm_jax.data.worlds.shape_tasks:boxes_source",
+    "emoji_captions": "vlm_jax.data.worlds.emoji_captions:emoji_captions_source",
+    "screens": "vlm_jax.data.worlds.screens:screens_source",
     "arrays": "vlm_jax.data.sources:ArraySource",
     "table": "vlm_jax.data.tables:TableSource",
     "tar": "vlm_jax.data.tar_shards:TarSource",
@@ -25,6 +30,8 @@ SOURCES = {
     "tfds": "vlm_jax.data.tfds_source:tfds_source",
     "array_record": "vlm_jax.data.tfds_source:folder_source",
     "mixture": "vlm_jax.data.sources:mixture_source",
+    "objective": "vlm_jax.data.objectives:objective_source",
+    "pali_mixture": "vlm_jax.data.objectives:pali_mixture",
 }
 TEXT_NAMES = ("texts", "captions", "caption", "text")
 MIXTURE_RESOLUTION = 1000
@@ -34,7 +41,7 @@ MIXTURE_RESOLUTION = 1000
 class Source(Protocol):
     """Records by index. Sources are read by many threads at once and are pickled into worker processes.
 
-    A source may also have `texts_at(i)`, the texts of record i without its image: `texts_of` uses it.
+    A source may also have `texts_at(i)` and `prompt_at(i)`, texts and prompt of record i without its image: `texts_of` and `prompt_of` use them.
     """
     name: str
 
@@ -79,6 +86,12 @@ def texts_of(source: Source, index: int) -> list[str]:
     """Returns the texts of record `index`, without reading its image where the source can."""
     read = getattr(source, "texts_at", None)
     return list(read(index)) if read is not None else list(source[index]["texts"])
+
+
+def prompt_of(source: Source, index: int) -> str:
+    """Returns the prompt of record `index` where the source can say it without reading the image, else ""."""
+    read = getattr(source, "prompt_at", None)
+    return read(index) if read is not None else ""
 
 
 def check_texts(value: Any, item: str | Callable[[], str]) -> list[str]:
@@ -200,6 +213,9 @@ class SubsetSource:
     def texts_at(self, index: int) -> list[str]:
         return texts_of(self._source, self._start + check_index(index, self._length, self.name))
 
+    def prompt_at(self, index: int) -> str:
+        return prompt_of(self._source, self._start + check_index(index, self._length, self.name))
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._source[self._start + check_index(index, self._length, self.name)]
 
@@ -268,6 +284,10 @@ class MixtureSource:
     def texts_at(self, index: int) -> list[str]:
         source, record = self.locate(index)
         return texts_of(self._sources[source], record)
+
+    def prompt_at(self, index: int) -> str:
+        source, record = self.locate(index)
+        return prompt_of(self._sources[source], record)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         source, record = self.locate(index)

@@ -69,6 +69,10 @@ class EmojiSource:
         """Returns the captions of record `index` without touching its picture."""
         return list(self._names[index].values())
 
+    def names_at(self, index: int) -> dict[str, str]:
+        """Returns {language: name} of record `index` without touching its picture."""
+        return dict(self._names[index])
+
     def describe(self, index: int) -> str:
         """Names record `index` in messages: `emoji/train[12] (1F469-200D-1F680)`."""
         return f"{self.name}[{index}] ({code_points(self._drawn.emojis[self._rows[index]])})"
