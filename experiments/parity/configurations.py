@@ -55,17 +55,17 @@ def _sizes(rng: random.Random, names: str = "hidden_size num_hidden_layers num_a
     return made | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
-def _rope(rng: random.Random, settings: dict[str, Any], head_dim: int, partial: bool = False) -> dict[str, Any]:
-    """Rotary settings for a model whose texts may be longer than max_position_embeddings."""
+def _rope(rng: random.Random, settings: dict[str, Any], head_dim: int, partial: bool = False, odd: bool = False) -> dict[str, Any]:
+    """Rotary settings for a model whose texts may be longer than max_position_embeddings; `odd`: of a part of an odd number of features too."""
     settings["max_position_embeddings"] = rng.choice([7, 12, 16, 64])
     made: dict[str, Any] = {"rope_theta": rng.choice([10_000.0, 500.0, 1_000_000.0])}
     rotated = head_dim
     if partial:
-        parts = [part for part in (0.25, 0.4, 0.5, 0.75, 1.0) if int(head_dim * part) >= 2 and int(head_dim * part) % 2 == 0]
+        parts = [part for part in (0.25, 0.4, 0.5, 0.75, 1.0) if odd or int(head_dim * part) >= 2 and int(head_dim * part) % 2 == 0]
         made["partial_rotary_factor"] = rng.choice(parts)
         rotated = int(head_dim * made["partial_rotary_factor"])
     kind = rng.choice(["default", "default", "linear", "dynamic", "llama3", "yarn", "longrope"])
-    if kind == "dynamic" and rotated == 2:   # the reference divides by rotated - 2
+    if (kind == "dynamic" and rotated == 2) or (kind in ("yarn", "dynamic") and (rotated % 2 or not rotated)):   # the reference fails there
         kind = "linear"
     made["rope_type"] = kind
     if kind in ("linear", "dynamic", "llama3", "yarn"):
@@ -187,7 +187,7 @@ def _opt(rng: random.Random) -> dict[str, Any]:
 
 def _gpt_neox(rng: random.Random) -> dict[str, Any]:
     made = _sizes(rng)
-    made["rope_parameters"] = _rope(rng, made, made["hidden_size"] // made["num_attention_heads"], partial=True)
+    made["rope_parameters"] = _rope(rng, made, made["hidden_size"] // made["num_attention_heads"], partial=True, odd=True)
     return made | {"use_parallel_residual": rng.random() < 0.6, "hidden_act": rng.choice(["gelu", *ACTIVATIONS]), "attention_bias": rng.random() < 0.6,
                    "layer_norm_eps": rng.choice([1e-5, 1e-3]), "tie_word_embeddings": rng.random() < 0.4}
 

@@ -69,8 +69,8 @@ def test_rms_norms_equal_transformers_in_either_dtype(kind, reference, start):
 
 def test_kinds_by_name():
     x = jnp.ones((2, 3))
-    params = {kind: set(norm(kind).init(jax.random.key(0), x)["params"]) for kind in NORMS}
-    assert params == {"layer": {"scale", "bias"}, "layer_no_bias": {"scale"}, "rms": {"scale"}, "rms_plus_one": {"scale"}}
+    params = {kind: set(norm(kind).init(jax.random.key(0), x).get("params", {})) for kind in NORMS}
+    assert params == {"layer": {"scale", "bias"}, "layer_no_bias": {"scale"}, "layer_plain": set(), "rms": {"scale"}, "rms_plus_one": {"scale"}}
     scale = {"params": {"scale": jnp.array([1.0, 2.0, 3.0])}}
     np.testing.assert_allclose(norm("layer_no_bias").apply(scale, jnp.array([1.0, 2.0, 6.0])),
                                layer_norm(jnp.array([1.0, 2.0, 6.0]), scale["params"]["scale"], jnp.zeros(3), 1e-6))

@@ -73,7 +73,8 @@ def test_only_distances_matter():
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(head_dim=6, fraction=0.5), "fraction=0.5 of a head of 6 features rotates 3"),
+    (dict(head_dim=7, fraction=1.0), "fraction=1.0 of a head of 7 features rotates 7"),
+    (dict(head_dim=8, fraction=0.4, scaling=dict(LONG, kind="yarn")), "yarn. needs an even number"),
     (dict(head_dim=8, fraction=1.5), "rotates 12"),
     (dict(head_dim=8, theta=0.0), "theta=0.0"),
     (dict(head_dim=8, scaling=dict(kind="yarm", factor=2.0)), 'the kind "yarm" is unknown.*Did you mean "yarn"'),

@@ -30,13 +30,13 @@ def rotary(positions: Int[Array, "B T"], head_dim: int, *, theta: float = 10_000
     Args:
       positions: of the tokens; what stands at -1 (padding) is of no consequence. "dynamic" and "longrope" follow the largest of all of them.
       theta: the base of the wavelengths.
-      fraction: the share of a head's features that is rotated, the first int(fraction * head_dim).
+      fraction: the share of a head's features that is rotated, the first int(fraction * head_dim); an odd number takes the next one along, as in GPT-NeoX.
       scaling: dict(kind=..., and the settings that `SCALINGS` lists for the kind), named as in published configs:
         "linear" divides all frequencies by `factor`; "dynamic" raises theta once the text is longer than `max_position_embeddings`; "llama3" divides the low
         ones by `factor`, with a smooth passage; "yarn" interpolates those that turn less than `beta_slow` times in the original context, and scales cosines
         and sines by `attention_factor`; "longrope" divides each by its own factor, of `short_factor` or, beyond the original context, `long_factor`.
     Raises:
-      ConfigError: for an odd number of rotated features, an unknown kind, or settings that a kind lacks or does not take.
+      ConfigError: for an odd number of features that are all rotated, an unknown kind, or settings that a kind lacks or does not take.
     """
     frequencies, amplitude = _frequencies(positions, head_dim, theta, fraction, scaling)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
@@ -53,9 +53,9 @@ def apply_rotary(x: Float[Array, "B T H K"], cosines: Float[Array, "B T R"], sin
 
 
 def check_rotary(head_dim: int, *, theta: float = 10_000.0, fraction: float = 1.0, scaling: Mapping[str, Any] | None = None) -> int:
-    """The number of rotated features; raises what `rotary` raises for these settings."""
+    """int(fraction * head_dim), the number of rotated features; raises what `rotary` raises for these settings."""
     rotated = int(head_dim * fraction)
-    if rotated % 2 or not 2 <= rotated <= head_dim:
+    if not 0 <= rotated + rotated % 2 <= head_dim:
         raise ConfigError(f"rope: fraction={fraction} of a head of {head_dim} features rotates {rotated}; choose a fraction that gives an even number.")
     if not theta > 0:
         raise ConfigError(f"rope: theta={theta} is no base of wavelengths; choose a positive number, usually 10000.")
@@ -72,8 +72,10 @@ def check_rotary(head_dim: int, *, theta: float = 10_000.0, fraction: float = 1.
         if name not in ("kind", *needed, *optional):
             raise ConfigError(f'rope.scaling: kind "{kind}" takes no {name}.{did_you_mean(name, (*needed, *optional))}')
     for name in ("short_factor", "long_factor"):
-        if name in needed and len(scaling[name]) != rotated // 2:
-            raise ConfigError(f"rope.scaling: {name} has {len(scaling[name])} numbers for {rotated} rotated features; give {rotated // 2}.")
+        if name in needed and len(scaling[name]) != (rotated + 1) // 2:
+            raise ConfigError(f"rope.scaling: {name} has {len(scaling[name])} numbers for {rotated} rotated features; give {(rotated + 1) // 2}.")
+    if kind == "yarn" and rotated % 2:
+        raise ConfigError(f'rope.scaling: kind "yarn" needs an even number of rotated features, fraction={fraction} gives {rotated}; choose another fraction.')
     if kind == "dynamic" and rotated == 2:
         raise ConfigError('rope.scaling: kind "dynamic" needs at least 4 rotated features; use "linear".')
     return rotated
