@@ -70,6 +70,16 @@ def test_it_travels_as_data():
     assert set(SentencePieceTokenizer(PLAIN.model).to_dict()) == {"sentencepiece", "sha256"}
 
 
+def test_half_a_character_is_an_error():
+    for tokenizer in (PLAIN, SentencePieceTokenizer(PLAIN.model)):
+        with pytest.raises(DataError, match="half a character") as error:
+            tokenizer.encode("a\ud800")
+        assert error.value.reason == "caption_not_text" and tokenizer.token_id("\ud800") is None
+    for settings in (dict(added=["\ud800"]), dict(marks={"eos": "\ud800"})):
+        with pytest.raises(ConfigError, match="half a character"):
+            SentencePieceTokenizer(PLAIN.model, **settings)
+
+
 def test_marks():
     tokenizer = SentencePieceTokenizer(PLAIN.model, added=["<|end|>"], marks={"eos": "<|end|>"})
     assert tokenizer.eos_id == tokenizer.pieces and tokenizer.decode([tokenizer.eos_id]) == ""

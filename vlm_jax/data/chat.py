@@ -57,10 +57,10 @@ def load_template(folder: str | Path, name: str = "default") -> str | None:
             if name == "default":
                 return found
         elif isinstance(found, list):
-            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+            named = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
             if isinstance(named.get(name), str):
                 return named[name]
-            raise problem("template_missing", f"{path}: there is no chat template {name!r} among {sorted(map(str, named))}; choose one of them.")
+            raise problem("template_missing", f"{path}: there is no chat template {name!r} among {sorted(named)}; choose one of them.")
         elif found is not None:
             raise problem("template_corrupt", f"{path}: chat_template is a {type(found).__name__}, not a text; fetch it again.")
     return None

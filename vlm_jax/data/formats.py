@@ -187,11 +187,14 @@ class Format:
                 for key in rows[0]}
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of generated ids up to the end mark, without special tokens."""
+        """Returns the text of generated ids up to the end mark, without special tokens.
+
+        Tables of models are often padded beyond the tokenizer's entries; such an id, which only an untrained model writes, gives nothing.
+        """
         ids = [int(number) for number in ids]
         if self.end and self.end[0] in ids:
             ids = ids[:ids.index(self.end[0])]
-        return self.tokenizer.decode(ids)
+        return self.tokenizer.decode([number for number in ids if number < self.tokenizer.vocab_size])
 
     def _prompt_ids(self, has_image: bool, prompt: str) -> tuple[list[int], list[int]]:
         """Returns (ids, slots) of everything before the target."""

@@ -14,7 +14,7 @@ import os
 from typing import Any
 
 from vlm_jax.data.problems import problem
-from vlm_jax.data.tokenizers import check_ids, expand_tokens, read_file, set_marks, tokenizer_extras
+from vlm_jax.data.tokenizers import check_ids, expand_tokens, is_unicode, read_file, set_marks, tokenizer_extras
 from vlm_jax.errors import ConfigError
 
 # What a word-piece decoder leaves apart and English writes together; PreTrainedTokenizerFast mends it where clean_up_tokenization_spaces is set.
@@ -106,7 +106,7 @@ class JsonTokenizer:
 
     def token_id(self, token: str) -> int | None:
         """Returns the id of one token by its name, None where there is none."""
-        return self._tokenizer.token_to_id(token)
+        return self._tokenizer.token_to_id(token) if is_unicode(token) else None
 
     def piece(self, number: int) -> str:
         """Returns the token of one id, "" for a gap in the vocabulary."""
@@ -146,3 +146,33 @@ def _parse(model: bytes, name: str) -> Any:
             raise
         raise problem("tokenizer_corrupt", f"{name}: this is no tokenizer of the tokenizers library ({' '.join(str(error).split())[:120]}); "
                                            "fetch it again or update the library.") from None
+
+
+def byte_level_model(vocabulary: Mapping[str, Any], merges: str, add_prefix_space: bool, name: str) -> bytes:
+    """Returns the tokenizer.json of byte pairs as GPT-2's, out of the contents of vocab.json and merges.txt."""
+    pairs = [line.split(" ") for line in merges.split("\n") if line.strip() and not line.startswith("#version")]
+    if not vocabulary or not all(isinstance(number, int) and not isinstance(number, bool) for number in vocabulary.values()):
+        raise problem("tokenizer_corrupt", f"{name}/vocab.json must map pieces to numbers; fetch it again.")
+    wrong = next((pair for pair in pairs if len(pair) != 2 or "".join(pair) not in vocabulary), None)
+    if wrong is not None:
+        raise problem("tokenizer_corrupt", f"{name}/merges.txt: the merge {' '.join(wrong)!r:.60} gives no piece of vocab.json; "
+                                           "take both files of one release.")
+    spaces = {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": True}
+    return _write({"type": "BPE", "vocab": dict(vocabulary), "merges": pairs}, None, spaces, spaces)
+
+
+def word_piece_model(words: Sequence[str], config: Mapping[str, Any], name: str) -> bytes:
+    """Returns the tokenizer.json of word pieces as BERT's, out of the lines of vocab.txt and tokenizer_config.json."""
+    if len(set(words)) != len(words) or "[UNK]" not in words:
+        raise problem("tokenizer_corrupt", f"{name}/vocab.txt must hold every word once, and [UNK]; fetch it again.")
+    accents = config.get("strip_accents")
+    normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": bool(config.get("tokenize_chinese_chars", True)),
+                  "strip_accents": None if accents is None else bool(accents), "lowercase": bool(config.get("do_lower_case", True))}
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
+             "vocab": {word: number for number, word in enumerate(words)}}
+    return _write(model, normalizer, {"type": "BertPreTokenizer"}, {"type": "WordPiece", "prefix": "##", "cleanup": True})
+
+
+def _write(model: dict[str, Any], normalizer: Any, pre_tokenizer: Any, decoder: Any) -> bytes:
+    return json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
+                       "post_processor": None, "decoder": decoder, "model": model}).encode()

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.data.problems import problem
-from vlm_jax.data.tokenizers import MARKS, SentencePieceTokenizer, Tokenizer, read_file
-from vlm_jax.errors import ConfigError
+from vlm_jax.data.problems import problem, reason_of
+from vlm_jax.data.tokenizers import MARKS, SentencePieceTokenizer, Tokenizer, added_ids, read_file
+from vlm_jax.errors import ConfigError, DataError
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 MAX_CONFIG_BYTES = 32 * 2 ** 20
@@ -17,7 +17,8 @@ _T5_SENTINELS = 100
 def load_folder(folder: Path, extras: Mapping[str, Any] | None = None) -> Tokenizer:
     """Returns the tokenizer of a Hugging Face folder.
 
-    `tokenizer.json` is preferred, then a SentencePiece model (`tokenizer.model`, `spiece.model`, ...), then CLIP's `vocab.json` and `merges.txt`.
+    `tokenizer.json` is preferred, then a SentencePiece model (`tokenizer.model`, `spiece.model`, ...), then `vocab.json` and `merges.txt` (byte pairs of
+    CLIP, or of GPT-2 and OPT), then BERT's `vocab.txt`.
     Which tokens are marks and which are special is read from tokenizer_config.json, added_tokens.json and special_tokens_map.json.
 
     Args:
@@ -35,9 +36,12 @@ def load_folder(folder: Path, extras: Mapping[str, Any] | None = None) -> Tokeni
     special += [token for token in extras.get("special", ()) if token not in special]
     users = extras.get("added", ())
     if (folder / "tokenizer.json").is_file():
-        base = JsonTokenizer(folder / "tokenizer.json")
-        missing = {token: number for token, number in added.items() if base.token_id(token) is None}
-        return JsonTokenizer(base.model, _joined(missing, users, base.vocab_size), special, marks, bool(config.get("clean_up_tokenization_spaces")))
+        model = read_file(folder / "tokenizer.json")
+        every = _joined(added, users, JsonTokenizer(model).vocab_size) if users else added
+        try:
+            return JsonTokenizer(model, every, special, marks, bool(config.get("clean_up_tokenization_spaces")))
+        except DataError as error:
+            raise problem(reason_of(error), str(error).replace("the tokenizer.json", str(folder / "tokenizer.json"))) from None
     path = next((folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()), None)
     if path is not None:
         base = SentencePieceTokenizer(path)
@@ -55,10 +59,25 @@ def load_folder(folder: Path, extras: Mapping[str, Any] | None = None) -> Tokeni
             added.setdefault(token, base.token_id(token))
         return SentencePieceTokenizer(base.model, _joined(added, users, base.pieces), special, marks)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        from vlm_jax.data.byte_pair import ClipTokenizer
-        if users or extras:
-            raise ConfigError(f"{folder}: CLIP's byte pairs take no further tokens; leave added, special and marks out.")
-        return ClipTokenizer.from_files(folder)
+        from vlm_jax.data.byte_pair import BEGIN, ClipTokenizer
+        vocabulary = read_json(folder / "vocab.json")
+        if BEGIN in vocabulary:
+            if users or extras:
+                raise ConfigError(f"{folder}: CLIP's byte pairs take no further tokens; leave added, special and marks out.")
+            return ClipTokenizer.from_files(folder)
+        from vlm_jax.data.json_tokenizer import byte_level_model
+        model = byte_level_model(vocabulary, _text(folder / "merges.txt"), bool(config.get("add_prefix_space")), str(folder))
+        ends = {mark: "<|endoftext|>" for mark in ("bos", "eos", "unk") if "<|endoftext|>" in vocabulary}
+        return JsonTokenizer(model, _joined(added, users, len(vocabulary)), special, {**ends, **marks})
+    if (folder / "vocab.txt").is_file():
+        from vlm_jax.data.json_tokenizer import word_piece_model
+        words = _text(folder / "vocab.txt").split("\n")
+        words = words[:-1] if words and not words[-1] else words
+        model = word_piece_model(words, config, str(folder))
+        named = {"pad": "[PAD]", "unk": "[UNK]"}
+        marks = {**{mark: token for mark, token in named.items() if token in words}, **marks}
+        special += [token for token in ("[CLS]", "[SEP]", "[MASK]") if token in words and token not in special]
+        return JsonTokenizer(model, _joined(added, users, len(words)), special, marks, bool(config.get("clean_up_tokenization_spaces")))
     raise problem("tokenizer_missing", f"{folder}: the folder holds no tokenizer (tokenizer.json, {', '.join(SENTENCEPIECE_FILES[:2])}); "
                                        "fetch the tokenizer's files too.")
 
@@ -78,6 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(read_file(path, MAX_CONFIG_BYTES))
+        json.dumps(content, ensure_ascii=False).encode()     # fails for half a character
     except (ValueError, RecursionError) as error:
         if hasattr(error, "exit_code"):
             raise
@@ -102,6 +122,7 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, in
             special.append(content)
     for token, number in read_json(folder / "added_tokens.json").items():
         added.setdefault(token, number)
+    added = added_ids(added, 0)
     named = config.get("additional_special_tokens") or config.get("extra_special_tokens") or ()
     named = list(named.values()) if isinstance(named, dict) else list(named) if isinstance(named, (list, tuple)) else []
     for token in [*named, *(config.get(key) for key in _FURTHER)]:
@@ -113,10 +134,16 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, in
 
 def _joined(added: dict[str, int], users: Any, first: int) -> Any:
     """Returns the folder's added tokens with the user's after them."""
-    from vlm_jax.data.tokenizers import added_ids
     if not added:
         return users
     return {**added, **added_ids(users, max([first - 1, *added.values()]) + 1)}
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_file(path).decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise problem("tokenizer_corrupt", f"{path}: it is no UTF-8 text; fetch it again.") from None
 
 
 def _content(token: Any) -> str | None:

@@ -87,20 +87,27 @@ class SentencePieceTokenizer:
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without begin and end marks."""
-        if self._split is None:
-            return self._processor.encode(text)
+        """Returns the ids of `text`, without begin and end marks.
+
+        Raises:
+          DataError: for a text that is no Unicode (a lone surrogate).
+        """
         ids: list[int] = []
-        for place, part in enumerate(self._split.split(text)):
-            if place % 2:
-                ids.append(self._added[part])
-            elif part:
-                ids.extend(self._processor.encode(part))
+        try:
+            for place, part in enumerate([text] if self._split is None else self._split.split(text)):
+                if place % 2:
+                    ids.append(self._added[part])
+                elif part:
+                    ids.extend(self._processor.encode(part))
+        except (TypeError, ValueError, RuntimeError):
+            if is_unicode(text):
+                raise
+            raise problem("caption_not_text", f"{text!r:.60} cannot be encoded: it holds half a character (a lone surrogate); correct the text.") from None
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of every text."""
-        return self._processor.encode(list(texts)) if self._split is None else [self.encode(text) for text in texts]
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Returns the text of `ids`; padding, begin and end marks and special tokens give nothing, unless `skip_special` is False: then their names.
@@ -130,6 +137,8 @@ class SentencePieceTokenizer:
         """Returns the id of one token by its name, None where there is none."""
         if token in self._added:
             return self._added[token]
+        if not is_unicode(token):
+            return None
         number = self._processor.piece_to_id(token)
         return number if self._processor.id_to_piece(number) == token else None
 
@@ -195,7 +204,18 @@ def added_ids(added: Sequence[str] | Mapping[str, int], first: int) -> dict[str,
 def tokenizer_extras(added: Any, special: Sequence[str], marks: Mapping[str, str] | None) -> dict[str, Any]:
     """Returns those of the three settings that say anything, as JSON can hold them."""
     kept = {"added": dict(added.items()) if hasattr(added, "items") else list(added), "special": list(special), "marks": dict(marks or {})}
-    return {key: value for key, value in kept.items() if value}
+    kept = {key: value for key, value in kept.items() if value}
+    if not all(is_unicode(text) for value in kept.values() for text in (*value, *getattr(value, "values", list)())):
+        raise ConfigError("tokenizer: added tokens and marks hold half a character (a lone surrogate); correct them.")
+    return kept
+
+
+def is_unicode(text: Any) -> bool:
+    """Whether a text can be encoded: a lone surrogate cannot. What is no text has other checks."""
+    try:
+        return not isinstance(text, str) or bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False
 
 
 def set_marks(tokenizer: Any, marks: Mapping[str, str] | None) -> None:
