@@ -34,20 +34,24 @@ def tokens_of(rows: int, length: int, seed: int = 0) -> jnp.ndarray:
     return jnp.asarray(np.random.default_rng(seed).integers(0, 61, (rows, length)), jnp.int32)
 
 
-def perturbed(params, seed=1):
-    """Every parameter moved, so that none is all zeros or ones."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return structure.unflatten([leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)])
-
-
 @functools.cache
 def made(family: str, name: str, **settings):
-    """(model, parameters) of an entry of the tables above."""
+    """(model, parameters) of an entry of the tables above; the parameters are random, so that none is all zeros or ones."""
     table = DECODERS if family == "decoder" else ENCODER_DECODERS
     model = registry.build(family, **{**table[name], **settings})
     inputs = {key: jnp.zeros((1, *shape), jnp.int32) for key, shape in model.input_shapes().items()}
-    return model, perturbed(jax.jit(model.init)(jax.random.key(0), inputs)["params"])
+    return model, drawn(jax.eval_shape(model.init, jax.random.key(0), inputs)["params"])
+
+
+def drawn(shapes, seed=1):
+    """Random parameters of these shapes: scales around one, kernels about as large as they begin."""
+    rng = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        values = rng.normal(size=leaf.shape) * 0.2
+        return jnp.asarray(values + 1.0 if path[-1].key == "scale" else values, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
 
 
 def padded(tokens, lengths, side):

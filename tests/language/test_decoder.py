@@ -33,29 +33,35 @@ def continued(model, params, inputs, more, cache_length, chunks):
     return np.concatenate(out, axis=1), cache
 
 
-@pytest.mark.parametrize("name", DECODERS)
+SLOW = ("gpt2", "phi", "neox", "mistral")   # what is theirs alone is tested below
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in DECODERS])
 def test_cached_equals_uncached(name):
     model, params = made("decoder", name)
+    chunks = (1, 1, 3) if name in ("llama", "gemma3") else (1, 1, 1)
     lengths, tokens = np.array([7, 4, 1, 6, 3]), tokens_of(5, 12)
-    expected = np.asarray(compiled(model)(params, {"tokens": tokens}))
+    everything = jnp.ones((5, 12), bool)
+    expected = np.asarray(compiled(model)(params, {"tokens": tokens, "valid": everything}))
     assert expected.dtype == np.float32 and expected.shape == (5, 12, 61)
-    more = jnp.stack([tokens[row, n:n + 5] for row, n in enumerate(lengths)])
-    wanted = np.stack([expected[row, n - 1:n + 5] for row, n in enumerate(lengths)])
+    count = sum(chunks)
+    more = jnp.stack([tokens[row, n:n + count] for row, n in enumerate(lengths)])
+    wanted = np.stack([expected[row, n - 1:n + count] for row, n in enumerate(lengths)])
     for side in ("right", "left", "between"):
         prompt, valid = padded(tokens[:, :7], lengths, side)
-        found, cache = continued(model, params, {"tokens": prompt, "valid": valid}, more, 14, (1, 1, 3))
+        found, cache = continued(model, params, {"tokens": prompt, "valid": valid}, more, 14, chunks)
         assert relative(found, wanted) < TOLERANCE, side
-        assert np.asarray(cache.next_position).tolist() == (lengths + 5).tolist()
+        assert np.asarray(cache.next_position).tolist() == (lengths + count).tolist()
     # Uncached logits of valid tokens do not see the padding either.
-    whole, valid = padded(tokens[:, :7], lengths, "left")
+    whole, valid = padded(tokens, lengths, "left")
     logits = np.asarray(compiled(model)(params, {"tokens": whole, "valid": valid}))
-    assert relative(np.stack([logits[row, -1] for row in range(5)]), wanted[:, 0]) < TOLERANCE
+    assert relative(logits[:, -1], wanted[:, 0]) < TOLERANCE
 
 
 def test_one_row():
-    model, params = made("decoder", "llama")
-    tokens = tokens_of(1, 12)
-    found, _ = continued(model, params, {"tokens": tokens[:, :7]}, tokens[:, 7:], 12, (2, 1, 2))
+    model, params = made("decoder", "neox")
+    tokens = tokens_of(1, 9)
+    found, _ = continued(model, params, {"tokens": tokens[:, :7]}, tokens[:, 7:], 12, (1, 1))
     assert relative(found, compiled(model)(params, {"tokens": tokens})[:, 6:]) < TOLERANCE
 
 
@@ -75,7 +81,7 @@ def test_a_ring_is_no_longer_than_the_window():
     model, params = made("decoder", "mistral")
     tokens = tokens_of(5, 15)
     expected = compiled(model)(params, {"tokens": tokens})
-    found, cache = continued(model, params, {"tokens": tokens[:, :7]}, tokens[:, 7:], 4, (1, 1, 2, 1, 3))
+    found, cache = continued(model, params, {"tokens": tokens[:, :7]}, tokens[:, 7:], 4, (1, 1, 2, 1, 2, 1))
     assert cache.length == 4 and cache.ring
     assert relative(found, expected[:, 6:]) < TOLERANCE
 
@@ -88,55 +94,55 @@ def test_tokens_of_the_prefix_see_each_other():
     changed = compiled(model)(params, {"tokens": tokens.at[:, 4].set((tokens[:, 4] + 1) % 61), "prefix": prefix})
     moved = np.abs(np.asarray(logits - changed)).max(-1) > 1e-6
     assert moved[0].all() and moved[4].all() and not moved[1:4, :4].any() and moved[1:4, 4:].all()
-    found, _ = continued(model, params, {"tokens": tokens[:, :7], "prefix": prefix[:, :7]}, tokens[:, 7:], 14, (1, 1, 3))
-    assert relative(found, logits[:, 6:]) < TOLERANCE
+    found, _ = continued(model, params, {"tokens": tokens[:, :7], "prefix": prefix[:, :7]}, tokens[:, 7:9], 14, (1, 1))
+    assert relative(found, logits[:, 6:9]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["gemma3", "phi"])
-def test_scanned_equals_unrolled(name):
-    model, params = made("decoder", name)
+def test_scanned_equals_unrolled():
+    model, params = made("decoder", "gemma3", depth=2, windowed=(True, False))
     unrolled = model.clone(scan=False)
-    tokens = tokens_of(5, 12)
+    tokens = tokens_of(2, 8)
 
     def loss(model, params):
-        return jnp.square(model.apply({"params": params}, {"tokens": tokens})[0]).mean()
+        logits, _ = model.apply({"params": params}, {"tokens": tokens})
+        return jnp.square(logits).mean(), logits
 
-    one, two = (jax.jit(jax.value_and_grad(functools.partial(loss, each)))(params) for each in (model, unrolled.clone(remat="minimal")))
-    assert relative(*(value for value, _ in (one, two))) < TOLERANCE
-    for a, b in zip(jax.tree.leaves(one[1]), jax.tree.leaves(two[1]), strict=True):
+    models = (model, unrolled.clone(remat="minimal"))
+    (gradient, one), (other, two) = (jax.jit(jax.grad(functools.partial(loss, each), has_aux=True))(params) for each in models)
+    assert relative(one, two) < TOLERANCE
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True):
         assert np.abs(np.asarray(a)).max() > 0 and relative(a, b) < 1e-4
-    found, cache = continued(unrolled, params, {"tokens": tokens[:, :7]}, tokens[:, 7:10], 14, (1, 2))
-    expected, other = continued(model, params, {"tokens": tokens[:, :7]}, tokens[:, 7:10], 14, (1, 2))
-    assert relative(found, expected) < TOLERANCE and relative(cache.key, other.key) < TOLERANCE
-    # Layers apart, as a decoding loop keeps them, give the same again, whether scanned or not.
+    found, cache = continued(unrolled, params, {"tokens": tokens[:, :6]}, tokens[:, 6:7], 9, (1,))
+    assert relative(found, one[:, 5:7]) < TOLERANCE
+    # Layers apart, as a decoding loop keeps them, give the same, whether scanned or not.
     for each in (unrolled, model):
-        logits, apart = compiled(each, "extend")(params, tokens[:, 10:11], cache.unstacked())
-        assert isinstance(apart.key, tuple) and relative(logits, compiled(model, "extend")(params, tokens[:, 10:11], cache)[0]) < TOLERANCE
+        logits, apart = compiled(each, "extend")(params, tokens[:, 7:], cache.unstacked())
+        assert isinstance(apart.key, tuple) and relative(logits, one[:, 7:]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2", "mpt"])
+@pytest.mark.parametrize("name", ["gpt2", "mpt"])
 def test_packed_rows_equal_separate_ones(name):
     model, params = made("decoder", name)
     tokens, segments = tokens_of(5, 12), jnp.array([0] * 3 + [1] * 5 + [2] * 4)
     together = compiled(model)(params, {"tokens": tokens, "segment_ids": jnp.broadcast_to(segments, (5, 12))})
     for start, stop in ((0, 3), (3, 8), (8, 12)):
-        alone, valid = padded(tokens[:, start:stop], [stop - start] * 5, "right")
-        alone = jnp.pad(alone, ((0, 0), (0, 12 - stop + start)))
-        logits = compiled(model)(params, {"tokens": alone, "valid": jnp.pad(valid, ((0, 0), (0, 12 - stop + start)))})
+        alone = jnp.roll(tokens, -start, axis=1)     # what comes after is not seen
+        logits = compiled(model)(params, {"tokens": alone, "segment_ids": jnp.zeros((5, 12), jnp.int32)})
         assert relative(together[:, start:stop], logits[:, :stop - start]) < TOLERANCE
 
 
 def test_embeddings_stand_for_tokens():
-    model, params = made("decoder", "opt")
+    model, params = made("decoder", "gemma2")
     tokens = tokens_of(5, 12)
-    embedded = model.apply({"params": params}, tokens, method="embed")
-    assert relative(compiled(model)(params, {"embeddings": embedded}), compiled(model)(params, {"tokens": tokens})) < TOLERANCE
+    embedded = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, method="embed"))(params, tokens)
+    found = compiled(model)(params, {"embeddings": embedded, "tokens": jnp.zeros_like(tokens), "valid": jnp.ones(tokens.shape, bool)})
+    assert relative(found, compiled(model)(params, {"tokens": tokens, "valid": jnp.ones(tokens.shape, bool)})) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["gemma2", "opt", "phi"])
 def test_the_head_gives_the_logits_of_hidden(name):
     model, params = made("decoder", name)
-    logits, out = model.apply({"params": params}, {"tokens": tokens_of(2, 5)})
+    logits, out = jax.jit(lambda params, tokens: model.apply({"params": params}, {"tokens": tokens}))(params, tokens_of(2, 5))
     head = model.head(params)
     again = out["hidden"] @ (head["kernel"].T if head["tied"] else head["kernel"])
     again = again if head["bias"] is None else again + head["bias"]
@@ -144,21 +150,20 @@ def test_the_head_gives_the_logits_of_hidden(name):
     assert relative(again, logits) < TOLERANCE
 
 
-def test_ids_beyond_the_vocabulary_are_nan_where_they_are_read():
+def test_an_id_beyond_the_vocabulary_makes_its_row_nan():
     model, params = made("decoder", "llama")
-    tokens = tokens_of(2, 6)
+    tokens = tokens_of(5, 12)
     for wrong in (61, -1):
-        logits = np.asarray(compiled(model)(params, {"tokens": tokens.at[1, 3].set(wrong)}))
-        assert np.isfinite(logits[0]).all() and np.isfinite(logits[1, :3]).all() and np.isnan(logits[1, 3:]).all()
+        logits = np.asarray(compiled(model)(params, {"tokens": tokens.at[1, 3].set(wrong), "valid": jnp.ones(tokens.shape, bool)}))
+        assert np.isnan(logits[1, 3:]).all() and np.isfinite(logits[[0, 2, 3, 4]]).all()
 
 
 def test_dropout_needs_training_and_a_key():
     model, params = made("decoder", "llama")
     dropping, inputs = model.clone(dropout=0.3), {"tokens": tokens_of(2, 6)}
+    run = jax.jit(lambda train, params, key: dropping.apply({"params": params}, inputs, train, rngs={"dropout": key})[0], static_argnums=0)
     plain = compiled(model)(params, inputs)
-    assert (dropping.apply({"params": params}, inputs)[0] == model.apply({"params": params}, inputs)[0]).all()
-    dropped = dropping.apply({"params": params}, inputs, True, rngs={"dropout": jax.random.key(0)})[0]
-    assert relative(dropped, plain) > 0.01
+    assert relative(run(False, params, jax.random.key(0)), plain) < TOLERANCE and relative(run(True, params, jax.random.key(0)), plain) > 0.01
 
 
 @pytest.mark.parametrize("settings, message", [

@@ -26,25 +26,28 @@ STATE_BYTES = 16  # of training a parameter: itself, its gradient and two moment
 STATE_SHARE = 4   # the state may take a quarter of the memory; activations need the rest
 SMALL = 100_000_000   # where nobody knows the memory (CPU), models above this are split
 
-# What does not divide by `tensor` (heads, an MLP's width, a vocabulary) takes another axis, and is gathered where it is used, or stays whole: |-.
+# What does not divide by `tensor` (heads, those of keys and values are perhaps fewer, an MLP's width, a vocabulary) takes another axis, and is gathered where
+# it is used, or stays whole: |-.
 # The layer axis of stacked blocks comes first, so that axes are counted from the end.
 _TENSOR_RULES = (
     (".*/(query|key|value)/kernel", "tensor:-2|-3|-"),      # [width, heads, head_dim]
     (".*/(query|key|value)/bias", "tensor:-2|-"),
     (".*/out/kernel", "tensor:-3|-1|-"),                    # [heads, head_dim, width]; its bias is added after the sum and stays whole
-    (".*/mlp/up/kernel", "tensor:-1|-2|-"),
-    (".*/mlp/up/bias", "tensor:-1|-"),
+    (".*/mlp/(gate|up)/kernel", "tensor:-1|-2|-"),
+    (".*/mlp/(gate|up)/bias", "tensor:-1|-"),
     (".*/mlp/down/kernel", "tensor:-2|-1|-"),
+    (r".*\bhead/kernel", "tensor:-1|-2|-"),                  # [width, vocabulary]
 )
+_SMALL_TABLES = (r".*\brelative_bias", "replicate")          # a few numbers a head, read by every layer
 # Entries over `fsdp`: split by width instead, the lookup would hold the tokens of the global batch.
-_TABLE = ".*/token_embedding"
+_TABLE = r".*\btoken_embedding"
 _VECTORS = (".*/(bias|scale)", "replicate")   # gathering a vector in every layer would cost more in latency than it saves in memory
 RULES: dict[str, tuple[tuple[str, str], ...] | None] = {
     "replicated": None,
-    "fsdp": ((_TABLE, "fsdp:0|1|-"), _VECTORS, (".*", "fsdp")),
-    "tensor": (*_TENSOR_RULES, (_TABLE, "tensor:0|1|-"), _VECTORS, (".*", "tensor")),
+    "fsdp": ((_TABLE, "fsdp:0|1|-"), _VECTORS, _SMALL_TABLES, (".*", "fsdp")),
+    "tensor": (*_TENSOR_RULES, (_TABLE, "tensor:0|1|-"), _VECTORS, _SMALL_TABLES, (".*", "tensor")),
     "fsdp_tensor": (*((pattern, tactic if pattern.endswith("bias") else f"{tactic},fsdp") for pattern, tactic in _TENSOR_RULES), _VECTORS,
-                    (_TABLE, "fsdp:0|-,tensor:1|-"), (".*", "fsdp,tensor")),
+                    _SMALL_TABLES, (_TABLE, "fsdp:0|-,tensor:1|-"), (".*", "fsdp,tensor")),
 }
 LAYOUTS = (*RULES, "auto")
 
