@@ -50,7 +50,7 @@ def load(path: str | os.PathLike, step: int | None = None, *, dtype: str | None 
       ConfigError: for a directory whose config.json cannot be used, or an argument that is for the other kind of folder.
     """
     path = os.path.expanduser(os.fspath(path))
-    if _is_directory(path):
+    if is_directory(path):
         from vlm_jax.interop.directory import load_directory
         if step is not None:
             raise ConfigError(f"{path}: step {step}: this folder is no run and has no steps; leave step out.")
@@ -87,7 +87,7 @@ def save(loaded: Loaded, path: str | os.PathLike, format: str = "hf", shard_byte
     save_directory(loaded, path, shard_bytes)
 
 
-def _is_directory(path: str) -> bool:
+def is_directory(path: str) -> bool:
     """Whether a folder holds a model in the Hugging Face layout: a config.json without a schema_version of ours, or with a model_type."""
     if not os.path.isfile(os.path.join(path, "config.json")):
         return False

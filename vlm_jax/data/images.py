@@ -252,6 +252,15 @@ class ValueRange:
         return values
 
 
+@register("image", "blank")
+@dataclasses.dataclass(frozen=True)
+class Blank:
+    """Every picture becomes zeros: what a baseline sees that has to answer from the text alone. List it last."""
+
+    def __call__(self, image: Pixels, rng: np.random.Generator | None = None) -> Float[np.ndarray, "..."]:
+        return np.zeros(np.shape(as_array(image) if not isinstance(image, np.ndarray) else image), np.float32)
+
+
 @register("image", "normalize")
 @dataclasses.dataclass(frozen=True)
 class Normalize:

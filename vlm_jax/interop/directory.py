@@ -14,6 +14,8 @@ from vlm_jax.errors import CheckpointError, ConfigError
 from vlm_jax.interop import families, processors, table
 from vlm_jax.interop.abstract import abstract_params
 from vlm_jax.interop.config_reader import read_config
+from vlm_jax.interop.families import big_vision
+from vlm_jax.interop.npz import NpzFile
 from vlm_jax.interop.safetensors import inside, open_folder, write_folder
 from vlm_jax.sharding.rules import parameter_shardings
 
@@ -59,7 +61,7 @@ def load_directory(path: str | os.PathLike, dtype: str | None = None, mesh: Any 
     prefix = prefix_of(family, model)
     params = table.read(family.rows(model), source, shapes, shardings, dtype, prefix=prefix, renames=family.renames)
     bare = bool(prefix) and not any(name.startswith(prefix) for name in source.names())
-    return Imported(model, params, processors.read_processor(path, model, config), {"model": settings, "hf": config, "bare": bare}, _read_files(path))
+    return Imported(model, params, processors.read_processor(path, model, config), {"model": settings, "hf": config, "bare": bare}, read_files(path))
 
 
 def open_directory(path: str, dtype: str | None = None, compute: str | None = None) -> tuple[Any, families.Family, dict[str, Any], dict[str, Any], Any]:
@@ -87,6 +89,21 @@ def build(settings: Mapping[str, Any], dtype: str | None = None, compute: str | 
 def prefix_of(family: families.Family, model: Any) -> str:
     """The prefix of a family for one model."""
     return family.prefix(model) if callable(family.prefix) else family.prefix
+
+
+def load_npz(path: str | os.PathLike, dtype: str | None = None, compute: str | None = None) -> Imported:
+    """Loads a checkpoint of big_vision (.npz): SigLIP's two towers, or its image tower; sizes are read from the arrays. There is no processor in it.
+
+    Raises:
+      CheckpointError: if the file is damaged or is another model's.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    source = NpzFile(path)
+    settings = big_vision.to_settings(source)
+    model = build(settings, dtype, compute)
+    params = table.read(big_vision.rows(model, big_vision.is_stacked(source)), source, abstract_params(model), dtype=dtype, prefix=big_vision.PREFIX,
+                        renames=big_vision.RENAMES)
+    return Imported(model, params, None, {"model": settings}, {})
 
 
 def save_directory(loaded: Any, path: str | os.PathLike, shard_bytes: int = 5_000_000_000) -> None:
@@ -164,7 +181,8 @@ def _of_its_type(original: Mapping[str, Any], config: dict[str, Any], family: fa
         return config
 
 
-def _read_files(path: str) -> dict[str, bytes]:
+def read_files(path: str) -> dict[str, bytes]:
+    """The tokenizer, processor and generation files of a directory, {name: bytes}."""
     files = {}
     for name in (*processors.TOKENIZER_FILES, *processors.IMAGE_FILES, *processors.OTHER_FILES):
         if os.path.lexists(os.path.join(path, name)):

@@ -1,8 +1,11 @@
 """Filling one parameter, a layer at a time, on the devices where it belongs."""
+import math
 from typing import Any
 
 import jax
 import numpy as np
+
+from vlm_jax.interop.safetensors import LARGE_BYTES, empty
 
 ALIGNMENT = 64               # what XLA's CPU client takes over without a copy
 PIECE_BYTES = 32 * 2 ** 20   # of a transposed array this much is made contiguous at a time on its way to an accelerator
@@ -77,7 +80,9 @@ _update = jax.jit(lambda target, piece, start: jax.lax.dynamic_update_slice(targ
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array whose memory begins at a multiple of `ALIGNMENT`."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
+    if size >= LARGE_BYTES:
+        return empty(shape, dtype)
     memory = np.empty(size + ALIGNMENT, np.uint8)
     offset = -memory.ctypes.data % ALIGNMENT
     return memory[offset:offset + size].view(dtype).reshape(shape)

@@ -39,14 +39,14 @@ def read_processor(folder: str, model: Any, config: Mapping[str, Any]) -> Proces
     image = image_operations(folder, config) if {"image", "images", "patches"} & set(shapes) else []
     if not ({"tokens", "targets"} & set(shapes)) or not any(os.path.isfile(os.path.join(folder, name)) for name in _VOCABULARIES):
         return Processor(image=image) if image else None
-    vocab_size = _vocab_size(model)
-    tokenizer = load_tokenizer({"path": folder}, vocab_size=vocab_size)
+    vocabulary = vocab_size(model)
+    tokenizer = load_tokenizer({"path": folder}, vocab_size=vocabulary)
     if isinstance(model, (DualEncoder, TextTransformer)):
         return Processor(image=image, text=_contrastive_text(folder, model, tokenizer))
     if "images" in shapes and not image:
         return None
     text = [["tokenize", {"tokenizer": tokenizer.to_dict(), "length": 8, "pad_id": _pad(tokenizer, config)}]]
-    return Processor(image=image, text=text, format=_format(model, shapes, tokenizer, vocab_size))
+    return Processor(image=image, text=text, format=_format(model, shapes, tokenizer))
 
 
 def image_operations(folder: str, config: Mapping[str, Any] | None = None) -> list[list[Any]]:
@@ -131,7 +131,7 @@ def _pad(tokenizer: Any, config: Mapping[str, Any]) -> int:
     return 0
 
 
-def _format(model: Any, shapes: Mapping[str, Any], tokenizer: Any, vocab_size: int | None) -> dict[str, Any]:
+def _format(model: Any, shapes: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     images = 0
     if "images" in shapes:
         images = model.image_tokens()
@@ -145,7 +145,8 @@ def _format(model: Any, shapes: Mapping[str, Any], tokenizer: Any, vocab_size: i
     return dict(kind="causal", length=min(limit, LONGEST), begin=tokenizer.bos_id is not None, **end)
 
 
-def _vocab_size(model: Any) -> int | None:
+def vocab_size(model: Any) -> int | None:
+    """How many tokens a model has embeddings for; None without text."""
     if isinstance(model, DualEncoder):
         return model.towers()[1].vocab_size
     if hasattr(model, "vocab_size"):

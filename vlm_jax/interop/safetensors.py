@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import mmap
 import os
 import stat
 import struct
@@ -23,6 +24,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_AXES = 16
 MAX_SIDE = 2 ** 48
 CHUNK_BYTES = 16 * 2 ** 20
+LARGE_BYTES = 2 ** 20
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
@@ -49,6 +51,14 @@ class Lazy:
     shape: tuple[int, ...]
     dtype: np.dtype
     compute: Callable[[], np.ndarray]
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array; a large one begins at a page, and its memory is given back to the system as soon as nobody holds it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < LARGE_BYTES:
+        return np.empty(shape, dtype)
+    return np.frombuffer(mmap.mmap(-1, size), np.uint8).view(dtype).reshape(shape)
 
 
 class TensorFile:
@@ -87,7 +97,7 @@ class TensorFile:
         path, entry = self._entry(name)
         with open(path, "rb", buffering=0) as file:
             if index is None or not entry.shape:
-                out = np.empty(entry.shape, entry.dtype)
+                out = empty(entry.shape, entry.dtype)
                 _read_into(file, entry.begin, out.reshape(-1).view(np.uint8), path, name)
                 return out if index is None else out[index]
             first, *rest = index if isinstance(index, tuple) else (index,)
@@ -100,7 +110,7 @@ class TensorFile:
                 raise IndexError(f"{name}: the index {index!r} is not made of numbers and slices.")
             rest = (slice(None), *rest)
             row = np.broadcast_to(np.zeros((), entry.dtype), (1, *entry.shape[1:]))[rest]
-            out = np.empty((len(span), *row.shape[1:]), entry.dtype)
+            out = empty((len(span), *row.shape[1:]), entry.dtype)
             if out.size:
                 self._read_rows(file, path, name, entry, span, rest, out)
             return out[0] if isinstance(first, (int, np.integer)) else out
