@@ -6,6 +6,7 @@ from hypothesis import given, strategies as st
 import numpy as np
 import pytest
 
+from vlm_jax.data.loader import Loader
 from vlm_jax.data.locations import parse_detections
 from vlm_jax.data.objectives import (
     OBJECTIVES,
@@ -19,6 +20,7 @@ from vlm_jax.data.objectives import (
     restore_text,
     split_text,
 )
+from vlm_jax.data.processor import Processor
 from vlm_jax.data.sources import Source, build_source, prompt_of, texts_of
 from vlm_jax.errors import ConfigError, DataError
 
@@ -146,6 +148,25 @@ def test_palis_mixture_has_palis_shares():
     assert pickle.loads(pickle.dumps(mixture))[5]["prompt"] == mixture[5]["prompt"] == prompt_of(mixture, 5)  # noqa: S301  (our own bytes)
     part = pali_mixture({"caption": BOXES, "detection": BOXES})
     assert Counter(part.describe(i).split(" of ")[0] for i in range(29)) == {"caption": 25, "detection": 4}
+
+
+def test_the_mixture_becomes_batches_for_an_encoder_decoder(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_JAX_CACHE", str(tmp_path))
+    mixture = pali_mixture({name: BOXES for name in PALI_MIXTURE if name != "ocr"}, length=60)
+    tokenizer = {"train_on": BOXES, "vocab_size": 330, "added": ["<loc0000..1023>", "<extra_id_99..0>"]}
+    processor = Processor([["resize", {"size": 8}], ["value_range", {"low": -1, "high": 1}]], [["tokenize", {"tokenizer": tokenizer}]],
+                          {"kind": "encoder_decoder", "length": 120, "target_length": 60, "image_tokens": 4})
+    loader = Loader(mixture, processor, 30, shuffle=False, threads=0, on_bad="raise")
+    batch = next(loader.batches())
+    alone = np.array(["span_corruption" in mixture.describe(i) for i in range(30)])
+    assert batch["weight"].all() and alone.any() and not alone.all()
+    np.testing.assert_array_equal((batch["slots"] >= 0).sum(1), np.where(alone, 0, 4))
+    np.testing.assert_array_equal(np.abs(batch["images"]).sum((1, 2, 3, 4)) == 0, alone)
+    for i in range(30):
+        target = processor.decode(batch["targets"][i])
+        assert target.replace("<", " <").split() == mixture[i]["texts"][0].replace("<", " <").split()
+        if alone[i]:
+            assert restore_text(processor.decode(batch["tokens"][i]), target) == restore_text(mixture[i]["prompt"], mixture[i]["texts"][0])
 
 
 @pytest.mark.parametrize("settings, message", [

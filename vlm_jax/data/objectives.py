@@ -316,5 +316,5 @@ def _units(text: str) -> tuple[list[str], str]:
 
 def _parts(text: str, spaced: bool) -> list[str]:
     if spaced:
-        return text.split()
+        return _SENTINEL.sub(r" \g<0> ", text).split()     # tokenizers lose the space before a sentinel
     return [part for place, piece in enumerate(re.split(r"(<extra_id_\d+>)", text)) for part in ([piece] if place % 2 else list(piece))]
