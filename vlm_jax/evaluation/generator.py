@@ -62,7 +62,9 @@ class Generator:
                     raise DataError(f"{names[number] if names is not None else f'prompt {number}'}: {error}") from error
             count = len(rows)
             batch = self.processor.format.batch(rows + [rows[-1]] * (self.batch_size - count))
-            texts += [self.processor.decode(ids) for ids in self._decode(batch, max_tokens, start)[:count]]
+            # A model's table may be longer than its tokenizer; entries beyond it have no text.
+            texts += [self.processor.decode([number for number in ids if number < self.processor.vocab_size])
+                      for ids in self._decode(batch, max_tokens, start)[:count]]
         return texts
 
     def _decode(self, batch: dict[str, np.ndarray], max_tokens: int, start: int) -> list[list[int]]:
