@@ -1,4 +1,5 @@
 """A model that generates text, tuned with adapters by a config, evaluated, loaded and asked: all parts together."""
+import dataclasses
 import json
 
 import jax
@@ -64,6 +65,8 @@ def test_a_tuned_run_is_loaded_and_asked(run):
     answers = loaded.generator(batch_size=2).answer(images, prompts, max_tokens=4)
     assert len(answers) == 3 and all(isinstance(text, str) for text in answers)
     assert loaded.generator(batch_size=1).answer(images[2:], prompts[2:], max_tokens=4) == answers[2:]      # whatever the batch
+    small = dataclasses.replace(loaded, params=adapters.quantize(loaded.params, ["language/.*"]))
+    assert len(small.generator(batch_size=2).answer(images[:2], prompts[:2], max_tokens=4)) == 2
     with pytest.raises(DataError, match="prompt 1: .*raise it to"):
         loaded.generator(batch_size=2).answer(images[:2], [prompts[0], "a red circle " * 40], max_tokens=4)
     with pytest.raises(ConfigError, match="2 images for 3 prompts"):
