@@ -63,7 +63,7 @@ class Processor:
             tokenize: Tokenize = self._text[-1]
             self.tokenizer, self.length, self.vocab_size = tokenize.tokenizer, tokenize.length, tokenize.tokenizer.vocab_size
             texts[-1] = ("tokenize", {**texts[-1][1], "tokenizer": self.tokenizer.to_dict()})
-        shape = self._probe(form is not None) if images else None
+        self._image_shape = shape = self._probe() if images else None
         self.image_size = shape[:2] if shape is not None and len(shape) == 3 else None
         self.format: Format | None = None
         if form is not None:
@@ -81,7 +81,7 @@ class Processor:
             raise ConfigError(f"processor: its settings cannot be saved as JSON ({error}); use numbers, strings and lists.") from None
         self.digest = hashlib.sha256(serial.encode()).hexdigest()
 
-    def _probe(self, patches: bool) -> tuple[int, ...]:
+    def _probe(self) -> tuple[int, ...]:
         """Returns the shape that the image operations give; grey pictures of two shapes show whether it is always the same."""
         shapes = set()
         for size in ((640, 480), (411, 907)):
@@ -89,7 +89,7 @@ class Processor:
                 result = self.image(Image.new("RGB", size, (128, 128, 128)))
             except DataError as error:
                 raise ConfigError(f"processor.image fails on a picture of {size[0]} x {size[1]} pixels: {error}") from error
-            if not isinstance(result, np.ndarray) or result.dtype != np.float32 or result.ndim not in ((2, 3) if patches else (3,)):
+            if not isinstance(result, np.ndarray) or result.dtype != np.float32 or result.ndim not in (2, 3):
                 raise ConfigError('processor.image must end in float32 pictures; list ["value_range", {"low": -1, "high": 1}] last.')
             shapes.add(result.shape)
         if len(shapes) > 1:
@@ -193,7 +193,7 @@ class Processor:
         """Returns the shapes of one example: {"image": (H, W, 3), "tokens": (T,)}, each if the processor makes it; with a format the format's."""
         if self.format is not None:
             return self.format.shapes()
-        return {**({"image": (*self.image_size, 3)} if self._image else {}), **({"tokens": (self.length,)} if self._text else {})}
+        return {**({"image": self._image_shape} if self._image else {}), **({"tokens": (self.length,)} if self._text else {})}
 
     def input_dtypes(self) -> dict[str, np.dtype]:
         """Returns the dtypes of the arrays of `input_shapes`."""

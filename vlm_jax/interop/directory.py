@@ -134,7 +134,7 @@ def save_directory(loaded: Any, path: str | os.PathLike, shard_bytes: int = 5_00
     files = dict(getattr(loaded, "files", None) or {})
     if not files and loaded.processor is not None:
         files = processors.tokenizer_files(loaded.processor)
-        if loaded.processor.image_size is not None:
+        if loaded.processor.to_dict()["image"]:
             files["preprocessor_config.json"] = _json(processors.processor_config(loaded.processor))
     try:
         os.makedirs(path, exist_ok=True)

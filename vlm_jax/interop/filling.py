@@ -15,13 +15,13 @@ class Leaf:
     """An array of `shape` and `dtype` in the making, whose layers arrive one by one and are cut to what each device of `sharding` holds.
 
     On CPUs the parts are assembled in memory that JAX takes over as it is; on accelerators a part is written into the array on the device, so that the
-    host holds no more than the layer that arrived.
+    host holds no more than the layer that arrived. `on_host` chooses between the two; by default the platform does.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding):
+    def __init__(self, shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding, on_host: bool | None = None):
         self.shape, self.dtype, self.sharding = tuple(shape), np.dtype(dtype), sharding
         self._indices = {device: _bounds(index, self.shape) for device, index in sharding.addressable_devices_indices_map(self.shape).items()}
-        self._on_host = all(device.platform == "cpu" for device in self._indices)
+        self._on_host = all(device.platform == "cpu" for device in self._indices) if on_host is None else on_host
         self._parts: dict[Any, Any] = {}
         for device, bounds in self._indices.items():
             part = tuple(stop - start for start, stop in bounds)
