@@ -45,3 +45,11 @@ def test_padding_is_zero_and_a_plain_picture_finite():
 def test_errors(settings):
     with pytest.raises(ConfigError, match="must be a whole number of at least 1"):
         FlexiblePatches(**settings)
+
+
+def test_blank_shows_nothing_and_keeps_the_shape():
+    operations = build("image", [["decode", {}], ["resize", {"size": 5}], ["value_range", {"low": -2.0, "high": 0.0}], ["blank", {}]])
+    value = picture(9, 9)
+    for operation in operations:
+        value = operation(value)
+    assert value.shape == (5, 5, 3) and value.dtype == np.float32 and not value.any()
