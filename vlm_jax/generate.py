@@ -105,6 +105,8 @@ class Answerer:
         if not hasattr(loaded.model, "extend"):
             raise ConfigError(f"--checkpoint {options.checkpoint}: a {type(loaded.model).__name__} generates no text; "
                               "use python -m vlm_jax.evaluate, or a generating model.")
+        if loaded.processor is None or loaded.processor.tokenizer is None:
+            raise ConfigError(f"--checkpoint {options.checkpoint}: there is no tokenizer in it; add the model's tokenizer files.")
         template = None
         if options.chat and Path(options.checkpoint).is_dir():
             from vlm_jax.data.chat import load_template
@@ -136,7 +138,7 @@ class Answerer:
             yield self.answers(inputs)[0]
             return
         from vlm_jax.decoding.streaming import stream
-        for piece in stream(self.loaded.model, self.loaded.params, inputs, tokenizer=self.loaded.processor, max_tokens=self.max_tokens, eos=self.eos,
+        for piece in stream(self.loaded.model, self.loaded.params, inputs, tokenizer=Known(self.loaded.processor), max_tokens=self.max_tokens, eos=self.eos,
                             stop=self.stop, **self.choice):
             yield piece[0]
 
@@ -146,19 +148,32 @@ class Answerer:
         from vlm_jax.decoding.text import TextStream
         search = beam_search if self.beams > 1 else generate
         made = search(self.loaded.model, self.loaded.params, inputs, max_tokens=self.max_tokens, eos=self.eos, **self.choice)
-        return [TextStream(self.loaded.processor, self.stop).push(ids, last=True) for ids in made.answers()]
+        return [TextStream(Known(self.loaded.processor), self.stop).push(ids, last=True) for ids in made.answers()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What a processor decodes; a model's table may be longer than its tokenizer, and entries beyond it have no text."""
+    processor: Any
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        return self.processor.decode([number for number in ids if number < self.processor.vocab_size])
 
 
 def end_ids(loaded: Any) -> tuple[int, ...]:
-    """The ids that end an answer: what the folder says about generation, the end mark of the processor's format, else the tokenizer's."""
-    named = getattr(loaded, "eos", None)
-    if named:
-        return tuple(named)
+    """The ids that end an answer: what generation_config.json or config.json says, the end mark of the processor's format, the tokenizer's."""
     processor = loaded.processor
-    ids = list(processor.format.end) if processor.format is not None else []
-    if not ids and processor.tokenizer is not None and processor.tokenizer.eos_id is not None:
-        ids = [processor.tokenizer.eos_id]
-    return tuple(ids)
+    try:
+        generation = json.loads((getattr(loaded, "files", None) or {}).get("generation_config.json", b"{}"))
+    except ValueError:
+        generation = {}
+    named = generation.get("eos_token_id") if isinstance(generation, dict) else None
+    ids = [] if named is None else list(named) if isinstance(named, (list, tuple)) else [named]
+    ids += list(processor.format.end) if processor.format is not None else []
+    if processor.tokenizer is not None and processor.tokenizer.eos_id is not None:
+        ids.append(processor.tokenizer.eos_id)
+    return tuple(dict.fromkeys(number for number in ids if isinstance(number, int) and number >= 0))
 
 
 def read_picture(path: str | Path) -> bytes:

@@ -1,0 +1,172 @@
+"""The command line that answers: one picture, a folder, a text, a conversation in the terminal."""
+import io
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests.data.tokenizer_samples import gemma_model
+from vlm_jax import generate, restore
+from vlm_jax.data.processor import Processor
+from vlm_jax.data.tokenizers import SentencePieceTokenizer
+from vlm_jax.decoding import generate as decode
+from vlm_jax.errors import ConfigError, DataError
+from vlm_jax.language.decoder import Decoder
+
+TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+class Seeing(Decoder):
+    """A decoder that takes a picture's mean, as a number, for its first token."""
+
+    def start(self, inputs, cache_length):
+        tokens = inputs["tokens"]
+        if "images" in inputs:
+            brightness = (inputs["images"].mean((1, 2, 3, 4)) * 10 + 100).astype("int32")
+            tokens = jax.numpy.where(inputs["slots"] >= 0, brightness[:, None], tokens)
+        return super().start({"tokens": tokens, "valid": inputs["valid"]}, cache_length)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    tokenizer = SentencePieceTokenizer(gemma_model())
+    text = [["tokenize", {"tokenizer": tokenizer.to_dict(), "length": 8}]]
+    processor = Processor(image=[["resize", {"size": 8}], ["value_range", {"low": -1, "high": 1}]], text=text,
+                          format=dict(kind="prefix_lm", length=64, image_tokens=2))
+    model = Seeing(vocab_size=tokenizer.vocab_size + 5, width=16, depth=2, mlp_dim=24, num_heads=2)
+    params = jax.jit(model.init)(jax.random.key(1), {"tokens": np.zeros((1, 4), np.int32)})["params"]
+    params = jax.tree.map(lambda x: x * 3.0, params)
+    params["token_embedding"] = params["token_embedding"].at[tokenizer.vocab_size:].set(0.0)
+    return SimpleNamespace(model=model, params=params, processor=processor, files={})
+
+
+@pytest.fixture
+def here(loaded, monkeypatch, tmp_path):
+    """A folder with pictures; loading gives the tiny model."""
+    monkeypatch.setattr(restore, "load", lambda path, **options: loaded)
+    (tmp_path / "pictures").mkdir()
+    for number, shade in enumerate((0, 120, 255)):
+        Image.new("RGB", (9, 7), (shade, shade, shade)).save(tmp_path / "pictures" / f"{number}.png")
+    return tmp_path
+
+
+def wanted(loaded, picture, prompt, max_tokens=6):
+    """The answer by the parts that the command line is made of."""
+    inputs = loaded.processor.prompt(picture, prompt)
+    made = decode(loaded.model, loaded.params, {key: value[None] for key, value in inputs.items()}, max_tokens=max_tokens, eos=generate.end_ids(loaded))
+    return generate.Known(loaded.processor).decode(made.answers()[0])
+
+
+def command(here, *more):
+    return generate.run(["--checkpoint", str(here), "--max_tokens", "6", *more])
+
+
+def test_one_picture_is_answered_and_streamed(here, loaded, capsys):
+    picture = here / "pictures" / "1.png"
+    rows = command(here, "--image", str(picture), "--prompt", "red", "--output", str(here / "answer.jsonl"))
+    assert rows[0]["answer"] == wanted(loaded, picture.read_bytes(), "red") != ""
+    assert capsys.readouterr().out == rows[0]["answer"] + "\n"
+    assert json.loads((here / "answer.jsonl").read_text()) == rows[0] == {"image": str(picture), "prompt": "red", "answer": rows[0]["answer"]}
+
+
+def test_a_folder_becomes_json_lines_in_the_order_of_names(here, loaded, capsys):
+    rows = command(here, "--image", str(here / "pictures"), "--prompt", "red", "--batch_size", "2")
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+    assert [row["image"] for row in rows] == ["0.png", "1.png", "2.png"]
+    assert [row["answer"] for row in rows] == [wanted(loaded, (here / "pictures" / row["image"]).read_bytes(), "red") for row in rows]
+    assert len({row["answer"] for row in rows}) > 1
+
+
+def test_a_picture_that_cannot_be_read_does_not_stop_the_others(here):
+    (here / "pictures" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"1 of 3 pictures could not be read, first 1\.png"):
+        command(here, "--image", str(here / "pictures"), "--prompt", "red", "--output", str(here / "out.jsonl"))
+    rows = [json.loads(line) for line in (here / "out.jsonl").read_text().splitlines()]
+    assert ["error" in row for row in rows] == [False, True, False]
+
+
+def test_beams_and_stop_strings_and_seeds(here):
+    beams = command(here, "--prompt", "red", "--beams", "2")[0]["answer"]
+    assert isinstance(beams, str)
+    whole = command(here, "--prompt", "red")[0]["answer"]
+    stop = whole[len(whole) // 2]
+    assert command(here, "--prompt", "red", "--stop", stop)[0]["answer"] == whole[:whole.index(stop)]
+    drawn = [command(here, "--prompt", "red", "--temperature", "2", "--seed", seed)[0]["answer"] for seed in "112"]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ((), "nothing to answer"), (("--prompt", "a", "--batch_size", "0"), "--batch_size is 0"),
+    (("--prompt", "a", "--beams", "2", "--stop", "x"), "--beams: a beam"),
+    (("--prompt", "a", "--temprature", "1"), 'Did you mean "--temperature"'), (("--prompt", "a", "--top_p", "3"), "sampler.top_p is 3.0")])
+def test_arguments_that_cannot_work(here, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        command(here, *arguments)
+
+
+def test_a_picture_or_folder_that_is_not_there(here):
+    with pytest.raises(DataError, match="absent.png: No such file"):
+        command(here, "--image", str(here / "absent.png"))
+    (here / "empty").mkdir()
+    with pytest.raises(DataError, match="there are no pictures in it"):
+        command(here, "--image", str(here / "empty"))
+
+
+def test_a_model_that_generates_nothing_is_refused(here, loaded, monkeypatch):
+    monkeypatch.setattr(restore, "load", lambda path, **options: SimpleNamespace(model=object(), params={}, processor=loaded.processor))
+    with pytest.raises(ConfigError, match="generates no text"):
+        command(here, "--prompt", "a")
+
+
+def talk(answerer, lines, **options):
+    """(turns, what the terminal shows) of a chat with these lines; an exception among them is raised where it stands."""
+    lines, out = iter(lines), io.StringIO()
+
+    def read(_):
+        line = next(lines, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+    return generate.chat(answerer, read=read, out=out, **options), out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def answerer(loaded):
+    return generate.Answerer(loaded, generate.end_ids(loaded), 6, {})
+
+
+def test_a_chat_about_pictures(here, loaded, answerer):
+    first, second = here / "pictures" / "0.png", here / "pictures" / "2.png"
+    lines = ["red", f"/image '{second}'", "red", "/absent", "/image nowhere.png", "", KeyboardInterrupt(), "/reset", "red", "/quit", "no"]
+    turns, shown = talk(answerer, lines, first_image=str(first))
+    assert [turn["image"] for turn in turns] == [str(first), str(second), None]
+    pictures = [first.read_bytes(), second.read_bytes(), None]
+    assert [turn["answer"] for turn in turns] == [wanted(loaded, picture, "red") for picture in pictures]
+    for text in ("/absent: no such command", "error: nowhere.png", "/quit ends the chat", "a new conversation"):
+        assert text in shown
+
+
+def test_a_conversation_goes_through_the_template(loaded, answerer):
+    asked = []
+
+    class Listening(generate.Answerer):
+        def inputs(self, image, prompt, formatted=False):
+            asked.append(prompt)
+            return super().inputs(image, prompt, formatted)
+    model = Listening(loaded, answerer.eos, 6, {}, template=TEMPLATE)
+    turns, _ = talk(model, ["red", "blue", "/reset", "green"], system="be brief")
+    first = turns[0]["answer"]
+    assert asked == ["system: be brief\nuser: red\nassistant:", f"system: be brief\nuser: red\nassistant: {first}\nuser: blue\nassistant:",
+                     "system: be brief\nuser: green\nassistant:"]
+
+
+def test_ctrl_c_ends_an_answer_not_the_chat(loaded, answerer):
+    class Interrupted(generate.Answerer):
+        def pieces(self, inputs):
+            yield "half an"
+            raise KeyboardInterrupt
+    turns, shown = talk(Interrupted(loaded, answerer.eos, 6, {}), ["red", "blue"])
+    assert [turn["answer"] for turn in turns] == ["half an", "half an"] and shown.count("half an [stopped]") == 2
