@@ -43,3 +43,13 @@ def test_resampling_is_linear_and_keeps_constants():
     ones = resample_positions(jnp.ones((12, 2)), (3, 4), (5, 2))
     np.testing.assert_allclose(ones, np.ones((10, 2)), atol=1e-6)
     assert np.isfinite(jax.grad(lambda t: resample_positions(t, (3, 4), (5, 2)).sum())(jnp.ones((12, 2)))).all()
+
+
+@pytest.mark.parametrize("old, new", [((3, 3), (4, 6)), ((5, 5), (2, 9))])
+def test_bicubic_matches_pytorch(old, new):
+    torch = pytest.importorskip("torch")
+    table = np.random.default_rng(0).normal(size=(old[0] * old[1], 4)).astype(np.float32)
+    expected = torch.nn.functional.interpolate(torch.from_numpy(table.reshape(1, *old, 4).transpose(0, 3, 1, 2).copy()), size=new, mode="bicubic",
+                                               align_corners=False)
+    ours = resample_positions(jnp.asarray(table), old, new, method="bicubic")
+    np.testing.assert_allclose(ours, expected[0].numpy().transpose(1, 2, 0).reshape(-1, 4), atol=1e-5)

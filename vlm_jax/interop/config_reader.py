@@ -60,8 +60,8 @@ class Section:
         value = self._get(key, default)
         if value is default:
             return value
-        if not isinstance(value, str) or len(value) > 256:
-            raise self._bad(key, value, "a string")
+        if not isinstance(value, str) or len(value) > 256 or not value.isprintable():
+            raise self._bad(key, value, "a short printable string")
         if among is not None and value not in among:
             raise ConfigError(f"{self.where}.{key}: {show(value)} is not supported.{did_you_mean(ascii(value), among)}")
         return value
