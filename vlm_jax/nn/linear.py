@@ -11,6 +11,8 @@ from jaxtyping import Array, Float
 from vlm_jax.nn.initializers import initializer
 from vlm_jax.sharding.activations import is_split
 
+LARGE_KERNEL = 2 ** 18   # entries; smaller ones stay in a core's own cache
+
 
 class Linear(nn.Module):
     """A linear map from the last `contract` axes of its input to the axes `features`.
@@ -54,7 +56,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (*inputs, *features), jnp.dtype(self.param_dtype))
         flat = (-1,) if len(leading) < 2 or not is_split("sequence") else leading
         x = x.astype(self.dtype).reshape(*flat, rows)
-        y = jnp.matmul(x, kernel.astype(self.dtype).reshape(rows, columns), preferred_element_type=self.out_dtype)
+        y = product(x, kernel.astype(self.dtype).reshape(rows, columns), self.out_dtype)
         if self.has_variable("params", "scale"):
             y = y * self.get_variable("params", "scale").astype(self.dtype).reshape(columns)
         if self.has_variable("params", "lora"):
@@ -72,6 +74,20 @@ class Linear(nn.Module):
             x = jnp.where(keep, x / (1.0 - rate).astype(x.dtype), jnp.zeros_like(x))
         scaling = jax.lax.stop_gradient(lora["scaling"]).astype(x.dtype)
         return scaling * ((x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype))
+
+
+def product(x: Float[Array, "... rows"], kernel: Float[Array, "rows columns"], out_dtype: str | None = None) -> Float[Array, "... columns"]:
+    """x @ kernel, summed in `out_dtype`.
+
+    For one row (a decoding step) against a large kernel a CPU is as fast as it reads the kernel, and XLA's routine for it reads with little more than one
+    core; as a batch of two halves of the sum, which lie one behind the other in memory, both are read at once.
+    """
+    rows, columns = kernel.shape
+    alone = math.prod(x.shape[:-1]) == 1 and rows % 2 == 0 and rows * columns >= LARGE_KERNEL
+    if not alone or jax.default_backend() != "cpu" or not jax.sharding.get_abstract_mesh().empty:
+        return jnp.matmul(x, kernel, preferred_element_type=out_dtype)
+    halves = jnp.einsum("hr,hrc->hc", x.reshape(2, rows // 2), kernel.reshape(2, rows // 2, columns), preferred_element_type=out_dtype)
+    return halves.sum(0).reshape(*x.shape[:-1], columns)
 
 
 def effective(leaves: Mapping[str, Any]) -> dict[str, Any]:
