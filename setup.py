@@ -36,6 +36,7 @@ setup(
         "ml_collections>=1.1,<2",
         "sentencepiece>=0.2,!=0.2.1",   # 0.2.1 crashes
         "numpy>=2",
+        "ml_dtypes>=0.5",               # bfloat16 and float8 of weight files
         "Pillow>=11",
         "pyarrow>=20",
         "scikit-learn>=1.6",            # the scanned digits
