@@ -17,8 +17,7 @@ NOISE = np.random.default_rng(5).normal(scale=1.5, size=(11,) * 3).astype(np.flo
 DRAFTS = {"same": PARAMS, "similar": {"table": PARAMS["table"] + NOISE}, "opposite": {"table": -PARAMS["table"]}}
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
-@pytest.mark.parametrize("proposals", [1, 4])
+@pytest.mark.parametrize("draft, proposals", [("same", 4), ("similar", 4), ("opposite", 4), ("similar", 1)])
 def test_greedy_equals_greedy(draft, proposals):
     eos = walk(PARAMS, PROMPTS[1], 9)[6]
     wanted = generate(MODEL, PARAMS, pad_rows(PROMPTS), max_tokens=14, eos=eos)
