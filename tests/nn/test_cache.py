@@ -1,4 +1,6 @@
 from functools import partial
+import math
+import re
 
 from flax import linen as nn
 from hypothesis import given, settings, strategies as st
@@ -137,8 +139,8 @@ def test_facts_about_tokens_are_placed_where_their_keys_are():
     np.testing.assert_array_equal(create(4, ring=True).extend(valid)[1].place(facts, -1)[:, 4:], facts)
 
 
-def loop_text(cache, batch, scan):
-    """The optimised program of ten steps with a donated cache."""
+def large_copies(cache, batch, scan):
+    """Lines of the optimised program of ten steps with a donated cache that copy or transpose as much as a layer's keys."""
     def step(carry):
         count, x, cache = carry
         x, cache = extend(cache, x, jnp.ones((batch, 1), bool), scan=scan)
@@ -146,18 +148,20 @@ def loop_text(cache, batch, scan):
 
     def loop(cache, x):
         return jax.lax.while_loop(lambda carry: carry[0] < 10, step, (0, x, cache))
-    return jax.jit(loop, donate_argnums=0).lower(cache, jnp.ones((batch, 1, D))).compile().as_text()
+    text = jax.jit(loop, donate_argnums=0).lower(cache, jnp.ones((batch, 1, D))).compile().as_text()
+    found = [(line, re.search(r"= f32\[([\d,]+)\]\S* (copy|transpose)\(", line)) for line in text.splitlines()]
+    return [(line.strip(), match[2]) for line, match in found if match and math.prod(map(int, match[1].split(","))) >= batch * 64 * G * K]
 
 
 @pytest.mark.parametrize("batch", [1, 8, 33])
 @pytest.mark.parametrize("form", ["scan", "unrolled", "layers apart"])
 def test_steps_write_in_place(batch, form):
     cache = create(64, batch)
-    cache = cache.unstacked() if form == "layers apart" else cache
-    text = loop_text(cache, batch, form == "scan")
-    whole = [f"f32[{L},{batch},64,{G},{K}]", f"f32[{batch},64,{G},{K}]"]
-    copies = [line for line in text.splitlines() if " copy(" in line and any(f"= {shape}" in line for shape in whole)]
-    assert not copies, copies
+    if form == "layers apart":   # nor is anything laid out anew for the products, which on CPUs read the arrays as they are
+        assert not large_copies(cache.unstacked(), batch, False)
+        return
+    whole = f"f32[{L},{batch},64,{G},{K}]"
+    assert not [line for line, kind in large_copies(cache, batch, form == "scan") if kind == "copy" and f"= {whole}" in line]
 
 
 def test_rows_and_heads_split_over_a_mesh_give_the_same():

@@ -74,6 +74,8 @@ def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
 
 def product(spec: str, x: Array, y: Array, dtype=None) -> Array:
     """An einsum of arrays with grouped heads, or, where no heads share keys, of arrays without the axis r."""
+    if spec == "bgrtk,bgsk->bgrts" and x.ndim == 5 and x.shape[3] == 1:   # as rows of one matrix: with two such axes XLA would transpose all keys on CPUs
+        return jnp.einsum("bgrk,bgsk->bgrs", x[:, :, :, 0], y, preferred_element_type=dtype)[:, :, :, None]
     return jnp.einsum(spec if max(x.ndim, y.ndim) == 5 else spec.replace("r", ""), x, y, preferred_element_type=dtype)
 
 

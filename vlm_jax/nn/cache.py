@@ -12,6 +12,7 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.sharding.activations import constrain, is_split, logical_spec
 
 AXES = ("layers", "batch", "keys", "heads", "head_dim")   # logical axes of keys and values
+LAYER_AXES = ("batch", "heads", "keys", "head_dim")       # of one layer in the form of `unstacked`
 ROWS_ONE_BY_ONE = 32   # the tokens of a decoding step are written one row after the other up to so many rows, beyond by a scatter
 
 
@@ -49,7 +50,7 @@ class Cache:
     Slots are filled in the order of the tokens, padding takes none: rows of unequal length, padded on either side or between, hold the same as each alone.
 
     Attributes:
-      key, value: [L, B, S, K, D], or a tuple of L arrays [B, S, K, D] (`unstacked`).
+      key, value: [L, B, S, K, D], or a tuple of L arrays [B, K, S, D] (`unstacked`).
       position: of the token in each slot; -1 is empty.
       index: the slot that the next token of each row takes (in a ring modulo S).
       next_position: of the next token of each row.
@@ -58,8 +59,8 @@ class Cache:
       ring: slots are taken round and round; for models all of whose layers have a window of at most S. A ring from which `keep` takes tokens back (speculative
         decoding) needs S to be the window plus the tokens of one extension, since what was written over is gone.
     """
-    key: Float[Array, "L B S K D"] | tuple[Float[Array, "B S K D"], ...]
-    value: Float[Array, "L B S K D"] | tuple[Float[Array, "B S K D"], ...]
+    key: Float[Array, "L B S K D"] | tuple[Float[Array, "B K S D"], ...]
+    value: Float[Array, "L B S K D"] | tuple[Float[Array, "B K S D"], ...]
     position: Int[Array, "B S"]
     index: Int[Array, "B"]
     next_position: Int[Array, "B"]
@@ -164,23 +165,26 @@ class Cache:
         return self.replace(position=position, index=index, next_position=position.max(1) + 1, written=count)
 
     def unstacked(self) -> "Cache":
-        """The same with keys and values as tuples of layers: what an unrolled decoder updates without taking slices."""
+        """The same with keys and values as tuples of layers [B, K, S, D]: an unrolled decoder updates them without taking slices, and the products of
+        attention read them as they are. (`read` and `write` take and give [B, S, K, D] in either form.)"""
         def split(x):
-            return x if x is None or isinstance(x, tuple) else tuple(x[i] for i in range(x.shape[0]))
-        encoded = None if self.encoded is None else (split(self.encoded[0]), split(self.encoded[1]), self.encoded[2])
-        return self.replace(key=split(self.key), value=split(self.value), encoded=encoded)
+            return x if isinstance(x, tuple) else tuple(x[i].swapaxes(1, 2) for i in range(x.shape[0]))
+        return self._with(split)
 
     def stacked(self) -> "Cache":
         """The same with keys and values as single arrays with a layer axis."""
         def join(x):
-            return jnp.stack(x) if isinstance(x, tuple) else x
-        encoded = None if self.encoded is None else (join(self.encoded[0]), join(self.encoded[1]), self.encoded[2])
-        return self.replace(key=join(self.key), value=join(self.value), encoded=encoded)
+            return jnp.stack([layer.swapaxes(1, 2) for layer in x]) if isinstance(x, tuple) else x
+        return self._with(join)
+
+    def _with(self, form):
+        encoded = None if self.encoded is None else (form(self.encoded[0]), form(self.encoded[1]), self.encoded[2])
+        return self.replace(key=form(self.key), value=form(self.value), encoded=encoded)
 
     def shardings(self, mesh: jax.sharding.Mesh) -> "Cache":
         """The layout on a mesh as a tree of NamedSharding: rows over `data` and `fsdp`, heads over `tensor`, where they divide."""
         def of(x):
-            names = AXES if x.ndim == 5 else AXES[1:] if x.ndim == 4 else ("batch",) + (None,) * (x.ndim - 1)
+            names = AXES if x.ndim == 5 else LAYER_AXES if x.ndim == 4 else ("batch",) + (None,) * (x.ndim - 1)
             spec = logical_spec(x.shape, names, mesh)
             entries = (None if entry is PartitionSpec.UNCONSTRAINED else entry for entry in spec)
             return NamedSharding(mesh, PartitionSpec(*entries))
@@ -192,9 +196,9 @@ class Cache:
 
 
 def _layer(x, layer):
-    if isinstance(x, tuple) or isinstance(layer, int):
-        return x[layer]
-    return lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+    if isinstance(x, tuple):
+        return x[layer].swapaxes(1, 2)
+    return x[layer] if isinstance(layer, int) else lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
 
 
 def _put(x: Int[Array, "B S"], index: Int[Array, "B T"], values: Int[Array, "B T"]) -> Int[Array, "B S"]:
@@ -207,26 +211,44 @@ def _put(x: Int[Array, "B S"], index: Int[Array, "B T"], values: Int[Array, "B T
 def _write(x, layer, new: Float[Array, "B T K D"], index: Int[Array, "B T"]):
     """The array (or tuple of arrays) with new[b, t] in slot index[b, t] of a layer; an index of S writes nowhere."""
     if isinstance(x, tuple):
-        return (*x[:layer], _write(x[layer][None], 0, new, index)[0], *x[layer + 1:])
-    new = constrain(new, *AXES[1:])
-    entry = logical_spec(x.shape, AXES, jax.sharding.get_abstract_mesh())[1] if is_split("batch") else None
+        return (*x[:layer], _write_split(x[layer], None, constrain(new, *AXES[1:]), index, LAYER_AXES), *x[layer + 1:])
+    return _write_split(x, layer, constrain(new, *AXES[1:]), index, AXES)
+
+
+def _write_split(x, layer, new, index, names):
+    batch = names.index("batch")
+    entry = logical_spec(x.shape, names, jax.sharding.get_abstract_mesh())[batch] if is_split("batch") else None
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
-        return constrain(_write_rows(x, layer, new, index), *AXES)
+        return constrain(_write_rows(x, layer, new, index), *names)
     # Each device writes its own rows; a scatter over split rows would gather the tokens of all.
-    rows, axes = PartitionSpec(entry), set(entry if isinstance(entry, tuple) else (entry,))
-    write = jax.shard_map(_write_rows, in_specs=(PartitionSpec(None, entry), PartitionSpec(), rows, rows), out_specs=PartitionSpec(None, entry),
-                          axis_names=axes, check_vma=False)
-    return write(x, jnp.asarray(layer), new, index)
+    whole, rows, axes = PartitionSpec(*(None,) * batch, entry), PartitionSpec(entry), set(entry if isinstance(entry, tuple) else (entry,))
+    write = jax.shard_map(_write_rows, in_specs=(whole, PartitionSpec(), rows, rows), out_specs=whole, axis_names=axes, check_vma=False)
+    return write(x, None if layer is None else jnp.asarray(layer), new, index)
 
 
 def _write_rows(x, layer, new, index):
+    """`new` [B, T, K, D] in x: a layer of [L, B, S, K, D], or [B, K, S, D] where `layer` is None."""
     batch, tokens = index.shape
+    length = x.shape[2]
     if tokens > 1 or batch > ROWS_ONE_BY_ONE:
-        return x.at[layer, jnp.arange(batch)[:, None], index].set(new, mode="drop")
-    places = [(layer, row, jnp.minimum(index[row, 0], x.shape[2] - 1), 0, 0) for row in range(batch)]
-    # A token that goes nowhere writes what is there. All of that is read before the first write: what is read later would have to be copied.
-    old = jnp.concatenate([lax.dynamic_slice(x, at, (1, 1, 1, *x.shape[3:])) for at in places], axis=1)
-    update = lax.optimization_barrier(jnp.where((index < x.shape[2])[None, :, :, None, None], new[None], old))
+        rows = jnp.arange(batch)[:, None]
+        if layer is not None:
+            return x.at[layer, rows, index].set(new, mode="drop")
+        return x.at[rows[:, None], jnp.arange(x.shape[1])[:, None], index[:, None]].set(new.swapaxes(1, 2), mode="drop")
+    if layer is None:
+        # A branch, which the compiler cannot merge into what reads the slots; merged, it would update a copy for each reader.
+        return lax.cond((index < length).any(), lambda x: _one_by_one(x, None, new.swapaxes(1, 2), index[:, 0]), lambda x: x, x)
+    return _one_by_one(x, layer, new[None], index[:, 0])
+
+
+def _one_by_one(x, layer, new, index):
+    """One token of each row, given in the form of x; what has the index S writes what is there."""
+    slot = jnp.minimum(index, x.shape[2] - 1)
+    places = [(row, 0, slot[row], 0) if layer is None else (layer, row, slot[row], 0, 0) for row in range(len(slot))]
+    shape = (1, x.shape[1], 1, x.shape[3]) if layer is None else (1, 1, 1, *x.shape[3:])
+    # All of that is read before the first write: what is read later would have to be copied.
+    old = jnp.concatenate([lax.dynamic_slice(x, at, shape) for at in places], axis=-4)
+    update = lax.optimization_barrier(jnp.where((index < x.shape[2])[:, None, None, None], new, old))
     for row, at in enumerate(places):
-        x = lax.dynamic_update_slice(x, update[:, row:row + 1], at)
+        x = lax.dynamic_update_slice(x, lax.slice_in_dim(update, row, row + 1, axis=update.ndim - 4), at)
     return x
