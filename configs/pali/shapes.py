@@ -15,8 +15,8 @@ from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,steps=1600,images=true,topology=...,layout=auto"."""
-    arg = parse_arg(arg, variant="full", steps=1600, images=True, topology="", layout="auto")
+    """Returns the config; `arg` is "variant=full|test,steps=1200,images=true,topology=...,layout=auto"."""
+    arg = parse_arg(arg, variant="full", steps=1200, images=True, topology="", layout="auto")
     test = arg.variant == "test"
     size, patch = (24, 8) if test else (48, 8)
 
