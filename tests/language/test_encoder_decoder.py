@@ -10,7 +10,7 @@ from vlm_jax import registry
 from vlm_jax.errors import ConfigError
 
 
-@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@pytest.mark.parametrize("name", ["t5", "umt5", pytest.param("pix2struct", marks=pytest.mark.slow)])
 def test_cached_equals_uncached(name):
     model, params = made("encoder_decoder", name)
     lengths, tokens, targets = np.array([7, 4, 1, 6, 3]), tokens_of(5, 7), tokens_of(5, 4, 2)
@@ -39,6 +39,7 @@ def test_padding_of_targets_is_not_read():
     assert relative(found[:, :3], expected[:, :3]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_scanned_equals_unrolled():
     model, params = made("encoder_decoder", "umt5", encoder_depth=2, decoder_depth=2)
     unrolled = model.clone(scan=False, remat="full")

@@ -14,7 +14,6 @@ MESHES = {"tensor": (dict(data=2, fsdp=2, tensor=2), "fsdp_tensor"), "sequence":
           "both": (dict(data=1, fsdp=2, tensor=2, sequence=2), "fsdp_tensor")}
 MODELS = {"decoder": dict(width=32, depth=2, num_heads=4, num_kv_heads=2, vocab_size=64),
           "encoder_decoder": dict(width=32, decoder_depth=2, num_heads=4, head_dim=8, vocab_size=64)}
-SLOW = pytest.mark.slow
 ROWS, LENGTH, STEPS = 8, 10, 4
 
 
@@ -74,8 +73,9 @@ def measured(family, mesh, shardings):
 
 
 @pytest.mark.parametrize("family, name", [
-    ("decoder", "tensor"), ("encoder_decoder", "both"), ("decoder", "sequence"), pytest.param("encoder_decoder", "tensor", marks=SLOW),
-    pytest.param("encoder_decoder", "sequence", marks=SLOW), pytest.param("decoder", "both", marks=SLOW),
+    ("decoder", "tensor"), ("encoder_decoder", "both"),
+    *(pytest.param(family, name, marks=pytest.mark.slow) for family, name in
+      [("decoder", "sequence"), ("decoder", "both"), ("encoder_decoder", "tensor"), ("encoder_decoder", "sequence")]),
 ])
 def test_loss_gradient_and_tokens_equal_one_device(family, name):
     sizes, rules = MESHES[name]

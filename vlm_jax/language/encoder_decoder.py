@@ -65,8 +65,8 @@ class EncoderDecoder(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        self.encoder = self._stack("encoder")
-        self.decoder = self._stack("decoder")
+        self.encoder = self._stack("encoder", name="encoder")
+        self.decoder = self._stack("decoder", name="decoder")
         std = 1.0 if self.head_scale is not None or not self.tied else self.width ** -0.5
         self.token_embedding = self.param("token_embedding", initializer(std), (self.vocab_size, self.width), jnp.dtype(self.param_dtype))
         self.output_head = Head(self.vocab_size, dtype=self.dtype, param_dtype=self.param_dtype, name="head")
@@ -79,12 +79,12 @@ class EncoderDecoder(nn.Module):
             activation=self.activation, gated=self.gated, attention_scale=self.attention_scale, cross=which == "decoder", dropout=self.dropout,
             dtype=self.dtype, param_dtype=self.param_dtype, softmax_dtype=self.softmax_dtype)
 
-    def _stack(self, which: str) -> Transformer:
+    def _stack(self, which: str, **given: Any) -> Transformer:
         settings = self.block_settings(which)
         relative = call(relative_settings, self.relative, "model.relative")
         positions = "relative" if which == "decoder" or relative["encoder"] else "none"
         relative = FrozenDict(relative, bidirectional=which == "encoder")
-        return Transformer(settings, settings.depth, positions, relative=relative, scan=self.scan, remat=self.remat, name=which)
+        return Transformer(settings, settings.depth, positions, relative=relative, scan=self.scan, remat=self.remat, **given)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings of tokens as `inputs["embeddings"]` takes them. An id beyond the vocabulary gives NaN."""
@@ -161,7 +161,8 @@ class EncoderDecoder(nn.Module):
 
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
         """{"tokens": (M,), "targets": (T,)} of one example; any other lengths will do."""
-        call(relative_settings, self.relative, "model.relative")
+        for which in ("encoder", "decoder"):
+            self._stack(which, parent=None)   # finds settings that do not fit
         return {"tokens": (16,), "targets": (8,)}
 
     def _hidden(self, x: Float[Array, "B T D"], train: bool = False) -> Float[Array, "B T D"]:
