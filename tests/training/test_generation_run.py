@@ -64,13 +64,21 @@ def test_a_tuned_run_is_loaded_and_asked(run):
     images, prompts = [record["image"] for record in records], [record["prompt"] for record in records]
     answers = loaded.generator(batch_size=2).answer(images, prompts, max_tokens=4)
     assert len(answers) == 3 and all(isinstance(text, str) for text in answers)
-    assert loaded.generator(batch_size=1).answer(images[2:], prompts[2:], max_tokens=4) == answers[2:]      # whatever the batch
-    small = dataclasses.replace(loaded, params=adapters.quantize(loaded.params, ["language/.*"]))
-    assert len(small.generator(batch_size=2).answer(images[:2], prompts[:2], max_tokens=4)) == 2
     with pytest.raises(DataError, match="prompt 1: .*raise it to"):
         loaded.generator(batch_size=2).answer(images[:2], [prompts[0], "a red circle " * 40], max_tokens=4)
     with pytest.raises(ConfigError, match="2 images for 3 prompts"):
         loaded.generator().answer(images[:2], prompts)
+
+
+@pytest.mark.slow
+def test_answers_do_not_depend_on_the_batch_and_int8_kernels_answer_too(run):
+    loaded = vlm_jax.load(run[0])
+    records = [build_source(SOURCE)[i] for i in range(3)]
+    images, prompts = [record["image"] for record in records], [record["prompt"] for record in records]
+    one, two = (loaded.generator(batch_size=size).answer(images, prompts, max_tokens=4) for size in (1, 2))
+    assert one == two
+    small = dataclasses.replace(loaded, params=adapters.quantize(loaded.params, ["language/.*"]))
+    assert len(small.generator(batch_size=2).answer(images[:2], prompts[:2], max_tokens=4)) == 2
 
 
 def test_a_dry_run_knows_what_the_loader_gives(run):
