@@ -33,7 +33,7 @@ def continued(model, params, inputs, more, cache_length, chunks):
     return np.concatenate(out, axis=1), cache
 
 
-SLOW = ("gpt2", "phi", "neox", "mistral", "gemma2")   # what is theirs alone is tested below
+SLOW = ("gpt2", "phi", "neox", "mistral", "gemma2", "opt")   # what is theirs alone is tested below
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in DECODERS])
