@@ -17,7 +17,7 @@ import numpy as np
 
 from vlm_jax.decoding.sampling import Rules, step_keys
 from vlm_jax.errors import ConfigError
-from vlm_jax.nn.stack import unstacked
+from vlm_jax.nn.stack import platform, unstacked
 
 PAD = 0   # what stands behind the end of an answer
 
@@ -64,7 +64,7 @@ def end_ids(eos: int | Sequence[int] | None) -> tuple[int, ...]:
 
 def unrolls() -> bool:
     """Whether the layers are unrolled for decoding: on CPUs, where a scan, or a slice of a stack, copies every kernel for every token."""
-    return jax.default_backend() == "cpu"
+    return platform() == "cpu"
 
 
 def for_decoding(model: Any) -> Any:

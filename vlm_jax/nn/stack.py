@@ -41,18 +41,19 @@ def remat_policy(name: str) -> Callable | None:
     """
     policy = choose(REMAT_POLICIES, name, "remat")
     if name == "offload" and HOST not in memory_kinds():
-        raise ConfigError(f'remat="offload": the backend "{_platform()}" has no memory "{HOST}"; choose "minimal", "full" or another policy.')
+        raise ConfigError(f'remat="offload": the backend "{platform()}" has no memory "{HOST}"; choose "minimal", "full" or another policy.')
     return policy
 
 
 def memory_kinds() -> set[str]:
     """The kinds of memory that the devices of the entered mesh have, else those of the default backend; a TPU that is compiled for ahead of time counts."""
-    if _platform() == "tpu":
+    if platform() == "tpu":
         return {"device", HOST}
-    return {memory.kind for memory in jax.local_devices(backend=_platform())[0].addressable_memories()}
+    return {memory.kind for memory in jax.local_devices(backend=platform())[0].addressable_memories()}
 
 
-def _platform() -> str:
+def platform() -> str:
+    """The platform of the devices of the entered mesh (a TPU that is compiled for ahead of time, too), else the default backend's."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return getattr(device, "platform", None) or jax.default_backend()
 
