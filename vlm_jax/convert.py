@@ -75,7 +75,7 @@ def _cast(loaded: Any, dtype: str) -> Any:
 
 def with_processor(loaded: Any, folder: str) -> Any:
     """`loaded` with the processor and the files of another directory or run."""
-    from vlm_jax.restore import is_directory
+    from vlm_jax.interop.config_reader import is_directory
     if is_directory(folder):
         from vlm_jax.interop.directory import read_files
         from vlm_jax.interop.processors import read_processor

@@ -49,6 +49,7 @@ def load(path: str | os.PathLike, step: int | None = None, *, dtype: str | None 
       CheckpointError: if there is nothing to load, or its data is damaged or does not fit.
       ConfigError: for a directory whose config.json cannot be used, or an argument that is for the other kind of folder.
     """
+    from vlm_jax.interop.config_reader import is_directory
     path = os.path.expanduser(os.fspath(path))
     if is_directory(path):
         from vlm_jax.interop.directory import load_directory
@@ -85,14 +86,6 @@ def save(loaded: Loaded, path: str | os.PathLike, format: str = "hf", shard_byte
     if adapters.adapted(loaded.params) or adapters.quantized(loaded.params):
         loaded = dataclasses.replace(loaded, params=adapters.plain(loaded.params))
     save_directory(loaded, path, shard_bytes)
-
-
-def is_directory(path: str) -> bool:
-    """Whether a folder holds a model in the Hugging Face layout: a config.json without a schema_version of ours, or with a model_type."""
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        return False
-    from vlm_jax.interop.config_reader import read_config
-    return "schema_version" not in read_config(path)
 
 
 def _load_run(workdir: str, step: int | None) -> Loaded:

@@ -1,9 +1,9 @@
 """PaliGemma-3B, fine-tuned at one of its three resolutions. Beyer et al., "PaliGemma" (2024), sections 3 and 4; appendix J for the settings of each task.
 
 Your data: a JSONL or CSV table whose records have `image`, `prompt` and `texts`; the tokenizer is the release's SentencePiece file, which has the location
-tokens. Published weights come in through `init`, a workdir that `vlm_jax.convert` made of the release.
+tokens. Published weights come in through `init`: the directory of a release in the Hugging Face layout, or a run. `tokenizer` may be that directory, too.
 
-Launch:   python -m vlm_jax.train --config configs/paligemma/paligemma_3b.py:data=train.jsonl,tokenizer=paligemma.model,init=gs://BUCKET/paligemma --workdir gs://BUCKET/run
+Launch:   python -m vlm_jax.train --config configs/paligemma/paligemma_3b.py:data=train.jsonl,tokenizer=paligemma-3b-pt-224,init=paligemma-3b-pt-224 --workdir gs://BUCKET/run
 Expected: COCO captions, CIDEr 141.9 at 224 px and 144.6 at 448 px (quoted, big_vision's README). Measured: not trained by us.
 Try here: python -m vlm_jax.train --config configs/paligemma/paligemma_3b.py:variant=test --workdir runs/paligemma_test
 """

@@ -1,4 +1,5 @@
 """Parameters taken from another tree: mapping, policies, resampled positions, the table of differences."""
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -108,3 +109,48 @@ def test_what_was_taken_left_and_unused_is_said(capsys):
     said = capsys.readouterr().out
     assert said.startswith("init_from the stage before: 1 parameters taken; ") and "left as initialised (" in said
     assert said.rstrip().endswith("1 of theirs unused (other/extra)")
+
+
+def directory_of(folder, seed=0):
+    """A tiny PaliGemma in the Hugging Face layout, without a tokenizer; returns its model and parameters."""
+    from vlm_jax import registry
+    from vlm_jax.interop.abstract import inputs_of
+    from vlm_jax.restore import Loaded, save
+    model = registry.build("paligemma", image=dict(image_size=14, patch_size=7, width=6, depth=2, mlp_dim=10, num_heads=2, pool="none"), scan=False,
+                           language=dict(vocab_size=37, width=9, depth=3, mlp_dim=11, num_heads=3, num_kv_heads=1, head_dim=4, norm="rms_plus_one",
+                                         activation="gelu_tanh", embed_scale=3.0))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs_of(model))["params"]
+    generator = np.random.default_rng(seed)
+    params = jax.tree.map(lambda leaf: generator.standard_normal(leaf.shape).astype(leaf.dtype), shapes)
+    save(Loaded(model, params, None, {"model": {"name": "paligemma"}}, 0), folder)
+    return model, params
+
+
+def test_weights_of_others_are_taken_as_those_of_a_run_are(tmp_path):
+    folder = tmp_path / "paligemma"
+    _, params = directory_of(folder)
+    ours = jax.tree.map(jnp.zeros_like, params)
+    ours["language"]["norm"]["scale"] = ours["language"]["norm"]["scale"].astype(jnp.bfloat16)
+    taken = init_from(ours, workdir=folder)
+    assert flatten(taken)["language/norm/scale"].dtype == jnp.bfloat16
+    for path, leaf in flatten(taken).items():
+        np.testing.assert_array_equal(leaf, np.asarray(flatten(params)[path]).astype(leaf.dtype), path)
+    tower = init_from({"tower": ours["image"]}, workdir=str(folder), mapping=[("image/(.*)", r"tower/\1")])
+    np.testing.assert_array_equal(tower["tower"]["norm"]["scale"], params["image"]["norm"]["scale"])
+
+
+def test_a_directory_has_no_steps_and_says_what_does_not_fit(tmp_path):
+    folder = tmp_path / "paligemma"
+    _, params = directory_of(folder)
+    for settings in (dict(step=3), dict(which="ema")):
+        with pytest.raises(ConfigError, match=f"init_from.{next(iter(settings))}: .* is no run"):
+            init_from(params, workdir=folder, **settings)
+    params["language"]["token_embedding"] = np.zeros((38, 9), np.float32)
+    with pytest.raises(CheckpointError, match=r"1 parameters do not fit; .*\n  ! language/token_embedding float32\[37, 9\]: this model has float32\[38, 9\]"):
+        init_from(params, workdir=folder)
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        init_from(params, workdir=folder)
+    with pytest.raises(CheckpointError, match="absent.npz"):
+        init_from(params, workdir=tmp_path / "absent.npz")

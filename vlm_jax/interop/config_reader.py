@@ -129,6 +129,11 @@ class Section:
         return ConfigError(f"{self.where}.{key}: {show(value)} is not {wanted}; fetch the file again.")
 
 
+def is_directory(path: str) -> bool:
+    """Whether a folder holds a model in the Hugging Face layout: a config.json that is not a run's."""
+    return os.path.isfile(os.path.join(path, "config.json")) and "schema_version" not in read_config(path)
+
+
 def read_config(folder: str, name: str = "config.json") -> dict[str, Any]:
     """The JSON object in `folder/config.json`, of bounded size.
 

@@ -64,6 +64,23 @@ def load_directory(path: str | os.PathLike, dtype: str | None = None, mesh: Any 
     return Imported(model, params, processors.read_processor(path, model, config), {"model": settings, "hf": config, "bare": bare}, read_files(path))
 
 
+def read_parameters(path: str | os.PathLike) -> Any:
+    """The parameters alone of a directory (in the memory of the host, where it can be), or of an .npz of big_vision, in the dtypes of the files.
+
+    Raises:
+      ConfigError, CheckpointError: those of `load_directory` and `load_npz`.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    if path.endswith(".npz"):
+        return load_npz(path).params
+    model, family, _, _, source = open_directory(path)
+    try:
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:    # JAX was told to have accelerators only
+        host = None
+    return table.read(family.rows(model), source, abstract_params(model), host, prefix=prefix_of(family, model), renames=family.renames)
+
+
 def open_directory(path: str, dtype: str | None = None, compute: str | None = None) -> tuple[Any, families.Family, dict[str, Any], dict[str, Any], Any]:
     """Everything of a directory but its tensors: (model, family, settings, config, source). Raises what `load_directory` raises."""
     config = read_config(path)

@@ -145,7 +145,7 @@ def _check(stage: Stage, where: str) -> None:
         raise ConfigError(f"{where}.accumulate.micro_batches is {micro!r}; it must be an integer of at least 1.")
     source = stage.init_from or {}
     if stage.init_from is not None and bool(source.get("workdir")) == bool(source.get("previous")):
-        raise ConfigError(f"{where}.init_from needs either workdir=\"RUN\" or previous=True; set one of them.")
+        raise ConfigError(f"{where}.init_from needs either workdir=\"RUN\" (or a directory of weights) or previous=True; set one of them.")
     if source.get("previous") and stage.index == 0:
         raise ConfigError(f"{where}.init_from.previous: there is no stage before the first; name a workdir.")
 

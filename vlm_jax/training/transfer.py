@@ -24,8 +24,8 @@ def init_from(params: Any, *, workdir: str | os.PathLike | None = None, previous
 
     Args:
       params: freshly initialised parameters.
-      workdir, step, which: the run, the step (None: the newest) and the part of its checkpoint ("params" or "ema"; None: "ema" where the run keeps
-        one).
+      workdir: a run, or weights of others: a directory in the Hugging Face layout, or an .npz of big_vision.
+      step, which: of a run the step (None: the newest) and the part of its checkpoint ("params" or "ema"; None: "ema" where the run keeps one).
       previous: a tree to take instead of a checkpoint.
       mapping: ordered pairs (regex of their path, our path with \\1 ...); the first that matches a whole path wins, and what none matches is left
         behind. A target of None leaves it behind too. Without a mapping the paths are the same.
@@ -43,9 +43,7 @@ def init_from(params: Any, *, workdir: str | os.PathLike | None = None, previous
             raise ConfigError(f'init_from.{name} is "{value}"; choose {" or ".join(choices)}.')
     source = str(workdir) if previous is None else "the stage before"
     if previous is None:
-        from vlm_jax.training.checkpoints import restore_parameters
-        previous, step = restore_parameters(workdir, step, which)
-        source = f"{source} (step {step})"
+        previous, source = _read(os.path.expanduser(os.fspath(workdir)), step, which)
     previous = merge_adapters(previous)
     theirs, ours = rename(flatten(previous), mapping), flatten(params)
 
@@ -73,6 +71,20 @@ def init_from(params: Any, *, workdir: str | os.PathLike | None = None, previous
     print(f"init_from {source}: {len(filled)} parameters taken; {_listed([path for path in ours if path not in filled], 'left as initialised')}; "
           f"{_listed([path for path in theirs if path not in filled], 'of theirs unused')}", flush=True)
     return unflatten({path: filled.get(path, leaf) for path, leaf in ours.items()})
+
+
+def _read(path: str, step: int | None, which: str | None) -> tuple[Any, str]:
+    """Returns the parameters of a run or of a directory, and what messages call them."""
+    from vlm_jax.interop.config_reader import is_directory
+    if path.endswith(".npz") or is_directory(path):
+        from vlm_jax.interop.directory import read_parameters
+        for name, value in (("step", step), ("which", which)):
+            if value is not None:
+                raise ConfigError(f"init_from.{name}: {path} is no run and has neither steps nor a moving average; leave {name} out.")
+        return read_parameters(path), path
+    from vlm_jax.training.checkpoints import restore_parameters
+    previous, step = restore_parameters(path, step, which)
+    return previous, f"{path} (step {step})"
 
 
 def rename(theirs: dict[str, Any], mapping: Sequence[Sequence[str | None]] | None) -> dict[str, Any]:
