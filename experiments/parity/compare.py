@@ -82,10 +82,11 @@ def run_reference(model: Any, configuration: Configuration, inputs: dict[str, np
 
 
 def run_ours(loaded: Imported, configuration: Configuration, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """Our logits for the same inputs."""
+    """Our logits for the same inputs; layers are unrolled for odd seeds, a scan for even ones."""
+    model = loaded.model.clone(scan=configuration.seed % 2 == 0)
     valid = inputs["valid"] if configuration.family not in SEQ2SEQ else shifted(inputs["target_valid"], True)
     arrays = {name: jnp.asarray(value) for name, value in inputs.items()}
-    logits, _ = jax.jit(lambda params, arrays: loaded.model.apply({"params": params}, arrays))(loaded.params, arrays)
+    logits, _ = jax.jit(lambda params, arrays: model.apply({"params": params}, arrays))(loaded.params, arrays)
     return masked(np.asarray(logits, np.float32), valid)
 
 
@@ -107,12 +108,12 @@ def equal_trees(one: Any, other: Any) -> bool:
 
 
 def compare(configuration: Configuration, folder: str | os.PathLike, dtypes: tuple[str, ...] = ("float32", "bfloat16"),
-            also: Callable[[Any, Imported, dict[str, np.ndarray]], dict[str, Any]] | None = None) -> dict[str, Any]:
+            also: Callable[[Any, Configuration, Imported, dict[str, np.ndarray]], dict[str, Any]] | None = None) -> dict[str, Any]:
     """Measures one configuration.
 
     Args:
       folder: an empty folder for the files.
-      also: further measurements in float32, of (reference, ours, inputs).
+      also: further measurements in float32, of (reference, configuration, ours, inputs).
     Returns:
       {"float32": relative error of our logits, "export": of the logits of transformers from the files that we write, "round_trip": whether our parameters come
       back from those files bit for bit, "bfloat16": our relative error to the float32 reference, "reference_bfloat16": the reference's own}.
@@ -131,7 +132,7 @@ def compare(configuration: Configuration, folder: str | os.PathLike, dtypes: tup
         found["export"] = relative_error(run_reference(again, configuration, inputs), expected)
         found["round_trip"] = equal_trees(load_directory(folder / "ours").params, loaded.params)
         if also is not None:
-            found |= also(model, loaded, inputs)
+            found |= also(model, configuration, loaded, inputs)
     if "bfloat16" in dtypes:
         found["reference_bfloat16"] = relative_error(run_reference(reference(configuration, "bfloat16"), configuration, inputs), expected)
         found["bfloat16"] = relative_error(run_ours(load_directory(folder / "theirs", dtype="bfloat16"), configuration, inputs), expected)

@@ -97,7 +97,7 @@ def to_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _activation(section: Section, kind: Kind) -> str:
     name = common.activation(section, kind.activation_key, kind.activation)
-    # Releases of Gemma 1 say "gelu" and mean its tanh approximation, as the reference reads it.
+    # Releases of Gemma 1 say "gelu" and mean its tanh approximation, as the reference reads it; the exact one is "gelu_python".
     return "gelu_tanh" if kind.architecture == "GemmaForCausalLM" and name == "gelu" and section.text("hidden_act") == "gelu" else name
 
 
@@ -175,7 +175,8 @@ def to_config(model: Any) -> dict[str, Any]:
         "model_type": model_type, "architectures": [kind.architecture], "vocab_size": model.vocab_size, "hidden_size": model.width,
         "intermediate_size": model.mlp_dim, "num_hidden_layers": model.depth, "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.num_kv_heads or model.num_heads, "head_dim": head_dim, "max_position_embeddings": model.max_positions,
-        kind.activation_key: common.activation_name(model.activation), "rms_norm_eps": model.norm_eps, "tie_word_embeddings": model.tied,
+        kind.activation_key: "gelu_python" if model_type == "gemma" and model.activation == "gelu" else common.activation_name(model.activation),
+        "rms_norm_eps": model.norm_eps, "tie_word_embeddings": model.tied,
     }
     if kind.bias == "attention_bias":
         made["attention_bias"] = "query" in model.biases

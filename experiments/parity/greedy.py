@@ -1,0 +1,38 @@
+"""Greedy answers of both libraries, token for token."""
+from typing import Any
+
+import numpy as np
+
+from experiments.parity.compare import ENCODERS, SEQ2SEQ
+from experiments.parity.configurations import Configuration
+from vlm_jax.decoding import generate
+from vlm_jax.interop.directory import Imported
+
+MARGIN = 1e-4   # of the two likeliest tokens' logits; below it rounding decides
+
+
+def greedy(model: Any, configuration: Configuration, loaded: Imported, inputs: dict[str, np.ndarray], longest: int = 6) -> dict[str, Any]:
+    """{"greedy_tokens": how many tokens were compared, "greedy_equal": whether all are equal}; {} where there is no room for an answer.
+
+    Prompts are padded left, as `generate` of transformers needs them; a row counts up to the first token whose margin is below `MARGIN`.
+    """
+    import torch
+    if configuration.family in ENCODERS:
+        return {}
+    limits = [configuration.settings[key] for key in ("n_positions", "max_seq_len") if key in configuration.settings]
+    limits += [configuration.settings["max_position_embeddings"]] if configuration.config_class == "OPTConfig" else []
+    room = longest if configuration.family in SEQ2SEQ else min([longest, *(limit - configuration.length for limit in limits)])
+    if room < 1:
+        return {}
+    order = np.argsort(inputs["valid"], axis=1, kind="stable")
+    tokens, valid = (np.take_along_axis(inputs[name], order, axis=1) for name in ("tokens", "valid"))
+    # The reference makes a cache of as many layers as the encoder has, and fails where the decoder has more.
+    arguments = {"decoder_start_token_id": 0, "use_cache": False} if configuration.family in SEQ2SEQ else {}
+    with torch.no_grad():
+        made = model.generate(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(valid.astype(np.int64)), max_new_tokens=room, do_sample=False,
+                              num_beams=1, pad_token_id=0, return_dict_in_generate=True, output_logits=True, **arguments)
+    logits = np.stack([step.numpy() for step in made.logits], axis=1)
+    best = np.sort(logits, axis=-1)
+    clear = np.cumprod(best[..., -1] - best[..., -2] > MARGIN, axis=1).astype(bool)
+    ours = generate(loaded.model, loaded.params, {"tokens": tokens.astype(np.int32), "valid": valid}, max_tokens=room).tokens
+    return {"greedy_tokens": int(clear.sum()), "greedy_equal": bool((ours == logits.argmax(-1))[clear].all())}
