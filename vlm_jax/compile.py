@@ -2,6 +2,7 @@
 
     python -m vlm_jax.compile --config configs/siglip/so400m14_webli.py --topology v5e-256
     python -m vlm_jax.compile --config configs/siglip/emoji.py --topology local --what train,evaluate --json emoji.json
+    python -m vlm_jax.compile --config configs/paligemma/paligemma_3b.py --topology v5e-16 --what train,generate
 
 Needs libtpu for absent TPUs (pip install "jax[tpu]" or vlm_jax[tpu]); neither data nor tokenizer files.
 """
@@ -18,9 +19,9 @@ def run(arguments: Sequence[str] | None = None) -> list[dict]:
                                      epilog="Any value of the config: --config.mesh.fsdp=8 --config.model.remat=full")
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the config file, with its argument after a colon")
     parser.add_argument("--topology", metavar="NAME", help="v5e-256, v5p:8x8x16, v5e:16x16*4, cpu-8, local; by default the config's, or local")
-    parser.add_argument("--what", default="train", metavar="NAMES", help="train, evaluate, or both with a comma")
+    parser.add_argument("--what", default="train", metavar="NAMES", help="train, evaluate, generate (of models that generate text), several with commas")
     parser.add_argument("--stage", type=int, default=1, help="the stage of the config, counted from 1")
-    parser.add_argument("--batch", type=int, help="rows of a global batch, instead of the config's")
+    parser.add_argument("--batch", type=int, help="rows of a global batch, instead of the config's (of evaluate 64, of generate 16)")
     parser.add_argument("--quick", action="store_true", help="compile once; estimate what would take further programs")
     parser.add_argument("--json", metavar="FILE", help="write the findings there as well")
     options, overrides = command_line.parse(parser, arguments)

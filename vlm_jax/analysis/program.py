@@ -19,7 +19,7 @@ from vlm_jax import errors
 from vlm_jax.errors import ConfigError, VlmError, did_you_mean
 from vlm_jax.sharding.topologies import ABSENT_TPU, Topology, parse_topology
 
-WHAT = ("train", "evaluate")
+WHAT = ("train", "evaluate", "generate")
 TIMEOUT = 3600.0
 
 
@@ -28,11 +28,11 @@ class Program:
     """One compiled program, as plain data. Bytes are those of one device.
 
     Attributes:
-      name: "train", "evaluate/image", "evaluate/text".
+      name: "train", "evaluate/image", "evaluate/text", "generate/prompt", "generate/step".
       mesh: {axis: size}; device k of the program is the k-th of the flattened mesh.
       places: of device k [slice, coordinates ...]; empty where devices have none.
-      rows: {stream: rows of the global batch}.
-      state: {"params", "optimizer", "task", ..., "batch"}: bytes of the arguments.
+      rows: {stream: rows of the global batch}; of a decoding step {"tokens": one for each row}.
+      state: {"params", "optimizer", "task", "cache", ..., "batch"}: bytes of the arguments.
       memory: what XLA says: argument, output, alias, temp, code; None if the program does not fit and was therefore not compiled.
       needed: bytes that a program which does not fit would need, from the compiler's message.
       useful_flops, executed_flops: matrix-product FLOPs of one step on all devices, without and with what is computed again.
@@ -92,8 +92,9 @@ def compile_programs(config: Mapping[str, Any], topology: str | Topology, jobs: 
     Args:
       config: as `load_config` returns it, or resolved.
       topology: a name for `parse_topology`.
-      jobs: of each program {"what": "train" | "evaluate", "stage": index, "batch": rows of all streams together instead of the config's}.
-        "evaluate" gives two programs, of images and of texts.
+      jobs: of each program {"what": "train" | "evaluate" | "generate", "stage": index, "batch": rows of all streams together instead of the config's}.
+        "evaluate" gives two programs, of images and of texts; "generate" those of the prompts and of a decoding step. Of a model that generates
+        text both are the latter, since its evaluations decode.
     Returns:
       the programs in order.
     Raises:
@@ -204,7 +205,7 @@ def _compile_all(request: Mapping[str, Any]) -> list[dict]:
             common = dict(config=config["name"], stage=index, topology=topology.name, mesh=dict(parts.mesh.shape), places=_places(parts.mesh),
                           parameters=_elements(parts.abstract_state["params"]), replicated=_replicated(parts),
                           dtype=str(stages[index].sections["dtypes"]["compute"]), jax=jax.__version__)
-            make = _train if job.get("what", "train") == "train" else _evaluate
+            make = {"train": _train, "evaluate": _evaluate, "generate": _generate}[job.get("what", "train")]
             programs += [{**common, **program} for program in make(parts, job)]
     return programs
 
@@ -232,7 +233,9 @@ def _evaluate(parts: Any, job: Mapping[str, Any]) -> list[dict]:
     from vlm_jax.sharding.mesh import batch_sharding
     from vlm_jax.training import flops
     if not hasattr(parts.model, "encode_image"):
-        raise ConfigError(f"what=evaluate: {type(parts.model).__name__} has no encode_image; compile what=train.")
+        if hasattr(parts.model, "extend"):
+            return _generate(parts, job)
+        raise ConfigError(f"what=evaluate: {type(parts.model).__name__} has no encode_image and generates no text; compile what=train.")
     params = parts.abstract_state["params"]
     predictor = Predictor(parts.model, params, None, parts.mesh, **({"batch_size": job["batch"]} if job.get("batch") else {}))
     programs = []
@@ -244,6 +247,28 @@ def _evaluate(parts: Any, job: Mapping[str, Any]) -> list[dict]:
         programs.append(_compiled(f"evaluate/{which}", lambda function=function, batch=batch: function.lower(params, batch), {"params": params, "batch": batch},
                                   {which: predictor.batch_size}, work, work))
     return programs
+
+
+def _generate(parts: Any, job: Mapping[str, Any]) -> list[dict]:
+    """Greedy decoding of the longest prompts that the config's format allows: the prompts, and one turn of the loop."""
+    from vlm_jax.decoding.abstract import BATCH, decoding_programs, prompt_of_format
+    from vlm_jax.training import flops
+    if not hasattr(parts.model, "extend"):
+        raise ConfigError(f"what=generate: {type(parts.model).__name__} generates no text; compile what=train or evaluate.")
+    if not hasattr(parts.task, "batch_shapes"):
+        raise ConfigError('what=generate: the config\'s task says no shapes of prompts; take task.name="generation".')
+    sections = parts.stage.sections
+    processor = sections["processor"] if (sections["processor"] or {}).get("format") else next(
+        (settings["processor"] for settings in parts.stage.data.values() if settings.get("processor")), sections["processor"] or {})
+    shapes, answer = prompt_of_format(parts.model, parts.task.batch_shapes(processor), processor["format"])
+    params = parts.abstract_state["params"]
+    made = decoding_programs(parts.model, params, shapes, parts.mesh, max_tokens=answer, rows=job.get("batch") or BATCH)
+    cache, rest = made.state.cache, made.state.replace(cache=None)
+    work = [flops.count_flops(made.prompt, params, made.inputs), flops.count_flops(made.step, params, made.state)]
+    return [_compiled("generate/prompt", lambda: made.prompt.lower(params, made.inputs), {"params": params, "batch": made.inputs}, {"prompts": made.rows},
+                      work[0], work[0]),
+            _compiled("generate/step", lambda: made.step.lower(params, made.state), {"params": params, "cache": cache, "batch": rest}, {"tokens": made.rows},
+                      work[1], work[1])]
 
 
 def _compiled(name: str, lower: Any, arguments: Mapping[str, Any], rows: Mapping[str, int], useful: float, executed: float) -> dict:

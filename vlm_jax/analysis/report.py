@@ -18,7 +18,7 @@ def analyse(config: Mapping[str, Any], topology: str, what: str = "train", stage
     """Compiles a config's program(s) for a topology and returns the findings of each, as JSON can hold them.
 
     Args:
-      what: "train" or "evaluate".
+      what: "train", "evaluate" or "generate".
       quick: compile once; what would take further programs (a verified largest batch, buffers compared at half the devices) is estimated.
       batch: rows of all streams together, instead of the config's.
     Raises:
@@ -112,6 +112,7 @@ def _roofline_lines(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"  {'step':<24}{1e3 * estimate['seconds']:>12.2f}  to {1e3 * estimate['seconds_without_overlap']:.2f} without any overlap")
         if estimate["mfu"] is not None:
             lines.append(f"  {'predicted MFU':<24}{estimate['mfu']:>12.1%}  to {estimate['mfu_without_overlap']:.1%}")
-        lines.append(f"  {'examples/s a device':<24}{estimate['examples_per_second_per_device']:>12,.1f}  to "
+        unit = "tokens/s a device" if found["program"] == "generate/step" else "examples/s a device"
+        lines.append(f"  {unit:<24}{estimate['examples_per_second_per_device']:>12,.1f}  to "
                      f"{estimate['examples_per_second_per_device_without_overlap']:,.1f}")
     return lines
