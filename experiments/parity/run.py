@@ -63,7 +63,9 @@ def summary(table: dict[str, list]) -> dict[str, float]:
         metrics[f"{name}_export_error"] = max(line["export"] for line in lines)
         metrics[f"{name}_round_trips_exact"] = sum(line["round_trip"] for line in lines)
         metrics[f"{name}_bfloat16_error"] = max(line["bfloat16"] for line in lines)
-        metrics[f"{name}_bfloat16_over_reference"] = max(line["bfloat16"] / line["reference_bfloat16"] for line in lines)
+        metrics[f"{name}_reference_bfloat16_error"] = max(line["reference_bfloat16"] for line in lines)
+        metrics[f"{name}_bfloat16_over_reference"] = sum(line["bfloat16"] for line in lines) / sum(line["reference_bfloat16"] for line in lines)
+        metrics[f"{name}_bfloat16_above_1_5"] = sum(line["bfloat16"] > 1.5 * line["reference_bfloat16"] for line in lines)
         answers = [line for line in lines if "greedy_equal" in line]
         if answers:
             metrics[f"{name}_greedy_tokens"] = sum(line["greedy_tokens"] for line in answers)
