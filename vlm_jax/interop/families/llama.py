@@ -88,7 +88,7 @@ def to_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind.gemma:
         settings["embed_scale"] = size["width"] ** 0.5
     if kind.query_scalar is not None:
-        settings["attention_scale"] = section.number("query_pre_attn_scalar", kind.query_scalar, least=1e-6) ** -0.5
+        settings["attention_scale"] = section.integer("query_pre_attn_scalar", kind.query_scalar) ** -0.5
         settings["logits_soft_cap"] = common.nullable(section, "final_logit_softcapping", None if kind.qk_norm else 30.0, least=1e-6)
         if kind.qk_norm is None:
             settings["attention_soft_cap"] = common.nullable(section, "attn_logit_softcapping", 50.0, least=1e-6)
