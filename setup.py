@@ -52,9 +52,11 @@ setup(
         "tf": ["tensorflow-cpu>=2.21"],             # data.prepare: public sets whose builders need TensorFlow
         "hf": HF,                                   # tokenizer.json and chat templates of published models
         "parity": ["torch>=2.13", "transformers>=5.23,<6"],
+        "lmms_eval": ["lmms-eval>=0.7.3,<0.8"],      # its tasks on our models (docs/evaluation.md)
         "notebooks": NOTEBOOKS,
         "test": TEST + HF + NOTEBOOKS + [f"{TPU}; platform_system == 'Linux' and platform_machine == 'x86_64'"],
     },
+    entry_points={"lmms_eval.models": ["vlm_jax = vlm_jax.evaluation.lmms_eval:manifest"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
