@@ -95,3 +95,16 @@ def test_a_run_exports_its_tokenizer(tmp_path):
         (tmp_path / name).write_bytes(content)
     again = Processor(text=[["tokenize", {"tokenizer": {"clip": str(tmp_path)}, "length": 6}]])
     assert again.text("abc fed").tolist() == processor.text("abc fed").tolist()
+
+
+def test_tokens_of_our_own_are_exported_under_their_numbers(tmp_path):
+    tokens = dict(train_on=dict(name="shapes_captions", split="train", size=16, count=20), vocab_size=300, added=["<bos>", "\n", "<loc0..3>"],
+                  special=["<loc1>"], marks=dict(bos="<bos>"))
+    first = Processor(text=[["tokenize", {"tokenizer": tokens, "length": 6}]])
+    for name, content in tokenizer_files(first).items():
+        (tmp_path / name).write_bytes(content)
+    second = Processor(text=[["tokenize", {"tokenizer": {"path": str(tmp_path)}, "length": 6}]])
+    text = "<bos>a red star\n<loc2><loc1>"
+    assert second.tokenizer.encode(text) == first.tokenizer.encode(text)
+    assert second.tokenizer.bos_id == first.tokenizer.bos_id and second.tokenizer.vocab_size == first.tokenizer.vocab_size
+    assert second.decode(second.tokenizer.encode(text)) == first.decode(first.tokenizer.encode(text))

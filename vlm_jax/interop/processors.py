@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from vlm_jax.data.processor import Processor
-from vlm_jax.data.tokenizers import load_tokenizer
+from vlm_jax.data.tokenizers import added_ids, load_tokenizer
 from vlm_jax.encoders.text import TextTransformer
 from vlm_jax.errors import CheckpointError, ConfigError
 from vlm_jax.interop.config_reader import MAX_PIXELS, Section, read_config
@@ -229,11 +229,15 @@ def tokenizer_files(processor: Processor) -> dict[str, bytes]:
     described = tokenizer.to_dict()
     marks = {f"{mark}_token": tokenizer.piece(number) for mark in ("pad", "bos", "eos", "unk")
              if (number := getattr(tokenizer, f"{mark}_id", None)) is not None and hasattr(tokenizer, "piece")}
+    added = {token: tokenizer.token_id(token) for token in added_ids(described.get("added") or (), 0)}
+    files = {"added_tokens.json": json.dumps(added, indent=2, ensure_ascii=False).encode()} if added else {}
+    if described.get("special"):
+        marks["additional_special_tokens"] = list(described["special"])
     if "sentencepiece" in described:
-        return {"tokenizer.model": base64.b64decode(described["sentencepiece"]), "tokenizer_config.json": json.dumps(marks, indent=2).encode()}
+        return {"tokenizer.model": base64.b64decode(described["sentencepiece"]), "tokenizer_config.json": json.dumps(marks, indent=2).encode(), **files}
     if "tokenizer_json" in described:
         marks["tokenizer_class"] = "PreTrainedTokenizerFast"
-        return {"tokenizer.json": base64.b64decode(described["tokenizer_json"]), "tokenizer_config.json": json.dumps(marks, indent=2).encode()}
+        return {"tokenizer.json": base64.b64decode(described["tokenizer_json"]), "tokenizer_config.json": json.dumps(marks, indent=2).encode(), **files}
     if "byte_pairs" in described:
         pieces, merges = described["byte_pairs"]["pieces"], described["byte_pairs"]["merges"]
         return {"vocab.json": json.dumps({piece: number for number, piece in enumerate(pieces)}, ensure_ascii=False).encode(),
