@@ -131,7 +131,7 @@ def test_what_it_cannot_do_is_said(package, monkeypatch):
     vars(adapter).pop("VlmJax")
     monkeypatch.setitem(sys.modules, "lmms_eval.api.model", None)
     with pytest.raises(ConfigError, match=r"vlm_jax\[lmms_eval\]"):
-        getattr(adapter, "VlmJax")
+        adapter.VlmJax(pretrained="unread")
 
 
 def replayed(path, task, number):
