@@ -38,6 +38,16 @@ def test_jsonl_records_in_any_order(folder):
     assert source.describe(1) == "table.jsonl:3" and pickle.loads(pickle.dumps(source))[1] == source[1]  # noqa: S301
 
 
+def test_prompts_are_kept_and_pictures_may_be_left_out(folder):
+    """What generating models are trained on has a prompt, and perhaps no picture."""
+    text = lines({"image": "a.jpg", "prompt": "what is it?", "texts": ["a cat"]}, {"prompt": "", "texts": ["b"]})
+    assert write(folder, text)[0] == {"image": b"a.jpg", "prompt": "what is it?", "texts": ["a cat"]}
+    alone = TableSource(folder / "table.jsonl", image=None)
+    assert [alone[0], alone[1]] == [{"prompt": "what is it?", "texts": ["a cat"]}, {"prompt": "", "texts": ["b"]}]
+    (folder / "t.csv").write_text("prompt,text\nsay,word\n")
+    assert TableSource(folder / "t.csv", image=None)[0] == {"prompt": "say", "texts": ["word"]}
+
+
 @pytest.mark.parametrize("name, delimiter, start", [("t.csv", ",", b""), ("t.tsv", "\t", b""), ("t.csv", ",", b"\xef\xbb\xbf")])
 def test_csv_fields_may_hold_separators_quotes_and_line_breaks(folder, name, delimiter, start):
     captions = ["plain", f"with {delimiter} separator", 'with "quotes"', "two\r\nlines\nhere", "ünï"]

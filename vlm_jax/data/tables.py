@@ -30,17 +30,17 @@ class TableSource:
     Args:
       path: the table, UTF-8; its ending tells the format unless `format` does ("jsonl", "csv", "tsv").
       images: the folder that image paths are relative to; by default the table's own. Paths that lead out of it are refused.
-      image: column of the image path.
+      image: column of the image path; None: records of text alone.
       texts: column of the caption, or of the list of captions (JSONL); by default the first of texts, captions, caption, text that a record has.
       label: column of a class number or name. Without captions the texts are the class name.
       class_names: the names of the class numbers.
-      extras: further columns to keep in the records as they are.
+      extras: further columns besides `prompt` to keep in the records as they are.
     Raises:
       DataError: at once for a table that is missing, empty or without the needed columns; on access, with a `reason`, for a bad record: row_not_utf8,
         row_not_json, column_missing, image_missing, path_outside, caption_not_text, caption_empty, label_unknown and those of `files.read_span`.
     """
 
-    def __init__(self, path: str | os.PathLike, images: str | os.PathLike | None = None, *, image: str = "image", texts: str | None = None,
+    def __init__(self, path: str | os.PathLike, images: str | os.PathLike | None = None, *, image: str | None = "image", texts: str | None = None,
                  label: str | None = None, class_names: Sequence[str] | None = None, extras: Sequence[str] = (), format: str | None = None):
         self._path = os.path.abspath(os.path.expanduser(os.fspath(path)))
         self.name = os.path.basename(self._path)
@@ -75,12 +75,14 @@ class TableSource:
         index = check_index(index, len(self), self.name)
         item = self.describe(index)
         row = self._row(index)
-        words = self._words(row, item)
+        words = {**self._words(row, item), **{key: row[key] for key in ("prompt",) if key in row}, **{key: row.get(key) for key in self._extras}}
+        if self._image is None:
+            return words
         relative = self._column(row, self._image, item)
         if not isinstance(relative, str) or not relative:
             raise problem("image_missing", f'{item}: "{self._image}" is {relative!r}, not the path of a picture; write the path or remove the line.')
         image = read_file(inside(self._folder, relative, item), item)
-        return {"image": image, **words, **{key: row.get(key) for key in self._extras}}
+        return {"image": image, **words}
 
     def _words(self, row: dict[str, Any], item: str) -> dict[str, Any]:
         """Returns texts, and label where the table has one."""

@@ -105,7 +105,7 @@ def _evaluate(predictor: Any, folder: str | os.PathLike, source: Mapping[str, An
         if isinstance(texts, str) or not texts:
             raise DataError(f"{name}: it has no list of texts to compare an answer with; give the record texts, or leave it out.")
     prompts = [row.get("prompt", "") if prompt is None else prompt for row in rows]
-    answers = generator.answer([row["image"] for row in rows] if images else None, prompts, max_tokens, names)
+    answers = generator.answer([row.get("image") for row in rows] if images else None, prompts, max_tokens, names)
     lines = [{"index": row["index"], "prompt": asked, "prediction": answer, "references": list(row["texts"]), **facts(row)}
              for row, asked, answer in zip(rows, prompts, answers)]
     metrics = records.write(folder, score(lines), lines)
@@ -115,7 +115,8 @@ def _evaluate(predictor: Any, folder: str | os.PathLike, source: Mapping[str, An
             if boxes:
                 shown = [{**line, "boxes": {"target": text_metrics.parse_boxes(line["references"][0])[:1],
                                             "answer": text_metrics.parse_boxes(line["prediction"])[:1]}} for line in shown]
-            pictures.answered(os.path.join(folder, "answers.png"), shown, {row["index"]: records.thumbnail(row["image"]) for row in rows[:pictures.QUERIES]})
+            thumbnails = {row["index"]: records.thumbnail(row.get("image")) for row in rows[:pictures.QUERIES]}
+            pictures.answered(os.path.join(folder, "answers.png"), shown, thumbnails)
     return metrics
 
 

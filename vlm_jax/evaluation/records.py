@@ -16,8 +16,8 @@ THUMBNAIL = 96   # pixels of the pictures that an evaluator keeps to draw
 def read(settings: Mapping[str, Any], predictor: Any = None) -> tuple[Any, list[dict[str, Any]], int]:
     """Returns (source, its records, how many were left out because they cannot be read).
 
-    A record gets `index`, its place in the source. Pictures are decoded once, so that every later pass sees the same pixels. The predictor's `on_progress`
-    is called before each record.
+    A record gets `index`, its place in the source. Pictures, where there are some, are decoded once, so that every later pass sees the same pixels. The
+    predictor's `on_progress` is called before each record.
 
     Raises:
       DataError: if not one record can be read.
@@ -28,7 +28,8 @@ def read(settings: Mapping[str, Any], predictor: Any = None) -> tuple[Any, list[
         progress(predictor)
         try:
             record = dict(source[index])
-            record["image"] = decode_image(record["image"], source.describe(index))
+            if record.get("image") is not None:
+                record["image"] = decode_image(record["image"], source.describe(index))
         except DataError as error:
             problems.append(str(error))
             continue
@@ -46,9 +47,9 @@ def progress(predictor: Any) -> None:
 
 
 def thumbnail(image: Any):
-    """Returns a picture of at most THUMBNAIL pixels a side, as PIL."""
+    """Returns a picture of at most THUMBNAIL pixels a side, as PIL; a white one of a record without picture."""
     from PIL import Image
-    small = Image.fromarray(image)
+    small = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white") if image is None else Image.fromarray(image)
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     return small
 
