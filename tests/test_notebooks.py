@@ -31,7 +31,8 @@ def test_it_runs_and_shows_a_picture(path, tmp_path, monkeypatch):
     kernel.mkdir(parents=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "this Python", "language": "python"}))
-    monkeypatch.delenv("VLM_JAX_RUN", raising=False)
+    for name in ("VLM_JAX_RUN", "VLM_JAX_WEIGHTS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VLM_JAX_COMPILE_CACHE", str(tmp_path / "compiled"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
