@@ -64,12 +64,16 @@ def read_inputs(inputs: Mapping[str, Any], known: Iterable[str], where: str, wid
 def visibility_of(positions: Int[Array, "B T"], inputs: Mapping[str, Any] | None = None, *, causal: bool = True) -> Visibility:
     """What tokens may read of each other: of their "segment_ids", and with those of the "prefix" whatever the order, where `inputs` have these.
 
-    Tokens of the prefix see each other beyond a window too, as transformers computes PaliGemma 2.
+    Tokens of the prefix see each other beyond a window too, as transformers computes PaliGemma 2. Where `inputs` are those that `token_positions` counted
+    the positions of, their layout is known.
     """
+    layout = None
+    if inputs is not None and inputs.get("positions") is None:
+        layout = "full" if inputs.get("valid") is None else "ordered"
     inputs = inputs or {}
     segment_ids, prefix = inputs.get("segment_ids"), inputs.get("prefix")
     prefix = None if prefix is None else prefix.astype(bool)
-    return Visibility(positions, positions, segment_ids, segment_ids, prefix, causal=causal, query_prefix=prefix)
+    return Visibility(positions, positions, segment_ids, segment_ids, prefix, causal=causal, query_prefix=prefix, layout=layout)
 
 
 def clean(x: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> Float[Array, "B T D"]:

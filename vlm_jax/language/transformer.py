@@ -266,12 +266,14 @@ class Transformer(nn.Module):
           x, and {"blocks": {name: [L, ...]}, "cache": the cache, where one is given}.
         """
         s = self.settings
+        local = self.window_pattern()
+        if all(local):   # then it is no data of a layer, and kernels can know it
+            visibility = visibility.replace(window=self.window)
         shared: dict[str, Any] = {"visibility": visibility}
         per_layer: dict[str, Array] = {}
-        local = self.window_pattern()
         if isinstance(s.attention_scale, tuple):
             per_layer["factor"] = jnp.asarray([scale / s.scale for scale in s.attention_scale], jnp.float32)
-        if any(local):
+        if any(local) and not all(local):
             per_layer["window"] = jnp.where(jnp.asarray(local), self.window, 0)
         self._positions(shared, per_layer, positions, visibility, local)
         if s.cross:

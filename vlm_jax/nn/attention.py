@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.errors import ConfigError
+from vlm_jax.nn import kernels
 from vlm_jax.nn.blockwise import Masks, attend_in_blocks, capped, exponentials, product, regroup, sum_to
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.visibility import Visibility
@@ -65,6 +66,8 @@ def attention(query: Float[Array, "B T H K"], key: Float[Array, "B S G K"], valu
     """
     queries, heads, keys, groups = *query.shape[1:3], *key.shape[1:3]
     masks = _masks(queries, keys, causal, mask, lengths, visibility)
+    if heads % groups == 0 and kernels.fits(query, key, value, mask=mask, lengths=lengths, visibility=visibility, bias=bias, softmax_dtype=softmax_dtype):
+        return kernels.attend(query, key, value, causal=causal, visibility=visibility, soft_cap=soft_cap, scale=scale)
     query, bias, options = _prepare(query, groups, bias, soft_cap, scale, softmax_dtype)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     if keys > KEYS_AT_ONCE and queries > FEW_QUERIES:

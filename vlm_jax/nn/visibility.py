@@ -20,6 +20,8 @@ class Visibility:
       window: a scalar (it may be traced: data of a scanned layer); keys at a distance of `window` or more are not read, on either side. None or a value
         below 1 is no window.
       causal: False lets a query read keys above its own position too.
+      layout: what is known of the positions without looking at them, for kernels: "ordered": queries are the keys, and in each segment those that are no
+        padding stand in the order of their positions; "full": besides, nothing is padding and positions of a segment go up by one. None: nothing.
     """
     query_position: Int[Array, "B T"]
     key_position: Int[Array, "B S"]
@@ -29,6 +31,7 @@ class Visibility:
     window: Int[Array, ""] | int | None = None
     causal: bool = struct.field(pytree_node=False, default=True)
     query_prefix: Bool[Array, "B T"] | None = None
+    layout: str | None = struct.field(pytree_node=False, default=None)
 
     def allowed(self, queries: slice = slice(None), keys: slice = slice(None)) -> Bool[Array, "B 1 T S"]:
         """True where a query may read a key, for the queries and keys of two (static) slices.
