@@ -28,6 +28,8 @@ def greedy(model: Any, configuration: Configuration, loaded: Imported, inputs: d
     tokens, valid = (np.take_along_axis(inputs[name], order, axis=1) for name in ("tokens", "valid"))
     # The reference makes a cache of as many layers as the encoder has, and fails where the decoder has more.
     arguments = {"decoder_start_token_id": 0, "use_cache": False} if configuration.family in SEQ2SEQ else {}
+    if configuration.settings.get("sliding_window") == 1:   # the reference's cache keeps all keys then, and its cached answers differ from its uncached ones
+        arguments["use_cache"] = False
     with torch.no_grad():
         made = model.generate(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(valid.astype(np.int64)), max_new_tokens=room, do_sample=False,
                               num_beams=1, pad_token_id=0, return_dict_in_generate=True, output_logits=True, **arguments)

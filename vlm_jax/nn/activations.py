@@ -41,11 +41,26 @@ def squared_relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.square(jax.nn.relu(x))
 
 
+@jax.custom_jvp
+def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x sigmoid(x), computed in float32 and rounded once: in bfloat16 a rounded sigmoid doubles the error."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.nn.sigmoid(wide)).astype(x.dtype)
+
+
+@silu.defjvp
+def _silu_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    gate = jax.nn.sigmoid(wide)
+    return (wide * gate).astype(x.dtype), (gate * (1.0 + wide * (1.0 - gate))).astype(x.dtype) * dx
+
+
 def linear(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """x itself."""
     return x
 
 
 ACTIVATIONS: dict[str, Callable] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "squared_relu": squared_relu, "relu": jax.nn.relu,
-                                    "relu6": jax.nn.relu6, "leaky_relu": jax.nn.leaky_relu, "silu": jax.nn.silu, "mish": jax.nn.mish,
+                                    "relu6": jax.nn.relu6, "leaky_relu": jax.nn.leaky_relu, "silu": silu, "mish": jax.nn.mish,
                                     "hard_swish": jax.nn.hard_swish, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid, "linear": linear}
