@@ -1,6 +1,7 @@
 """Trains an experiment config: `python -m vlm_jax.train --config configs/siglip/emoji.py --workdir runs/emoji`.
 
-The same command again resumes. `--config.a.b=v` overrides a value, `--dry_run` prints shapes, parameters, shardings and the bytes of the state, and trains nothing.
+The same command again resumes. `--config.a.b=v` overrides a value; `--dry_run` prints shapes, parameters, shardings and the bytes of the state, and
+trains nothing.
 """
 import argparse
 from collections.abc import Sequence

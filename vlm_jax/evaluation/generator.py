@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlm_jax import faults
 from vlm_jax.errors import ConfigError, DataError
+from vlm_jax.evaluation.records import before_batch
 
 
 class Generator:
@@ -52,8 +52,7 @@ class Generator:
             raise ConfigError(f"answer: {len(images)} images for {len(prompts)} prompts; give one for each, None where there is none.")
         texts: list[str] = []
         for start in range(0, len(prompts), self.batch_size):
-            self.on_progress()
-            faults.point("evaluation.predict")
+            before_batch(self)
             rows = []
             for number in range(start, min(start + self.batch_size, len(prompts))):
                 try:

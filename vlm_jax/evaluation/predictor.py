@@ -6,8 +6,8 @@ import jax
 from jaxtyping import Array, Float
 import numpy as np
 
-from vlm_jax import faults
 from vlm_jax.errors import ConfigError
+from vlm_jax.evaluation.records import before_batch
 
 
 class Predictor:
@@ -49,8 +49,7 @@ class Predictor:
     def _run(self, which: str, examples: Iterable[np.ndarray]) -> np.ndarray:
         parts = []
         for batch, count in padded_batches(examples, self.batch_size):
-            self.on_progress()
-            faults.point("evaluation.predict")
+            before_batch(self)
             if self.mesh is not None:
                 from vlm_jax.sharding.mesh import batch_sharding
                 batch = jax.make_array_from_callback(batch.shape, batch_sharding(self.mesh), lambda index, batch=batch: batch[index])

@@ -46,6 +46,12 @@ def progress(predictor: Any) -> None:
     getattr(predictor, "on_progress", lambda: None)()
 
 
+def before_batch(predictor: Any) -> None:
+    """What every predictor does before it computes a batch: `on_progress`, and the fault point."""
+    progress(predictor)
+    faults.point("evaluation.predict")
+
+
 def thumbnail(image: Any):
     """Returns a picture of at most THUMBNAIL pixels a side, as PIL; a white one of a record without picture."""
     from PIL import Image
