@@ -2,10 +2,12 @@
 import json
 
 import jax
+import pytest
 
 from experiments.memory_switches import run
 
 
+@pytest.mark.slow
 def test_a_switch_is_compiled_and_counted():
     model = dict(name="siglip", preset="test")
     devices = jax.devices()[:2]

@@ -21,6 +21,7 @@ def test_shapes_study_records_its_figures(tmp_path):
     assert written["seeds"] == [4] and written["metrics"]["heldout_pairs_top1"] == pytest.approx(metrics["heldout_pairs_top1"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_emoji_study_records_its_figures_and_every_language(tmp_path):
     if missing := emoji_ready():
         pytest.skip(f"the emoji data cannot be drawn here: {missing}")
