@@ -23,7 +23,8 @@ def commands(page: Path) -> list[list[str]]:
 def test_commands_name_modules_and_configs_that_exist(page):
     for words in commands(page):
         module = words[2]
-        assert (ROOT / (module.replace(".", "/") + ".py")).exists() or (ROOT / module.replace(".", "/")).is_dir() or module in ("pytest", "venv", "lmms_eval"), module
+        place = ROOT / module.replace(".", "/")
+        assert place.with_suffix(".py").exists() or place.is_dir() or module in ("pytest", "venv", "lmms_eval"), module
         if "--config" in words and "vlm_jax" in module:
             config = words[words.index("--config") + 1]
             if config.startswith("configs/") and "/my_" not in config:   # my_...: a file that the reader writes
