@@ -49,7 +49,8 @@ def main(families: str = "", count: int = COUNT, greedy_count: int = GREEDY_COUN
             table.setdefault(name, []).append(line)
             print({key: f"{value:.2g}" if isinstance(value, float) else value for key, value in line.items()}, flush=True)
     metrics = summary(table)
-    write_results(FOLDER, metrics, seeds=tuple(range(count)), hardware={"torch": torch.__version__, "transformers": transformers.__version__},
+    shown = f"python -m experiments.parity.run{f' --families {families}' if families else ''} --count {count} --greedy_count {greedy_count}"
+    write_results(FOLDER, metrics, command=shown, seeds=tuple(range(count)), hardware={"torch": torch.__version__, "transformers": transformers.__version__},
                   rows={name: [{key: value for key, value in line.items() if key != "family"} for line in lines] for name, lines in table.items()})
     return metrics
 
