@@ -34,10 +34,12 @@ def test_logits_round_trip_and_export(family, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_configurations_that_the_study_does_not_have(family, tmp_path):
-    # bfloat16 is the study's: the ratio of the errors of single draws scatters (experiments/parity/README.md).
-    found = [compare(sample(family, seed), tmp_path / str(seed), dtypes=("float32",)) for seed in (12, 13, 14)]
-    assert all(one["float32"] <= 1e-4 and one["export"] <= 1e-5 and one["round_trip"] for one in found), found
+@pytest.mark.parametrize("seed", range(12, 18))
+def test_other_configurations(family, seed, tmp_path):
+    found = compare(sample(family, seed), tmp_path)
+    assert found["float32"] <= 1e-4 and found["export"] <= 1e-5 and found["round_trip"], found
+    # The bar for every configuration. Some are known to miss it (experiments/parity/README.md).
+    assert found["bfloat16"] <= 1.5 * found["reference_bfloat16"], found
 
 
 def test_a_head_of_its_own_is_seen_in_the_tensors(tmp_path):
