@@ -102,7 +102,10 @@ def test_another_machine_sees_that_the_lock_is_renewed(bucket, fast):
 
 
 @pytest.mark.parametrize("fail_every", [None, 5])
-def test_of_many_exactly_one_takes_a_stale_lock_over(bucket, fast, fail_every):
+def test_of_many_exactly_one_takes_a_stale_lock_over(bucket, fast, monkeypatch, fail_every):
+    # Six poll together, so that every fifth request can be the same rival's five times running: let it ask more often.
+    monkeypatch.setattr(storage, "ATTEMPTS", 12)
+    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.002)
     dead = remote("dead")
     dead.acquire()
     dead._stop.set()        # as a killed process: no more beats
