@@ -43,6 +43,7 @@ class FakeGcs(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True      # headers and body are two small packets, and the second would wait 40 ms for an answer to the first
     server: FakeGcs
 
     def log_message(self, *_):

@@ -43,7 +43,7 @@ def test_it_runs_and_shows_a_picture(path, tmp_path, monkeypatch):
     manager = AsyncKernelManager(kernel_name="this_python", kernel_spec_manager=specs)
     notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
     client = NotebookClient(notebook, km=manager, timeout=600, resources={"metadata": {"path": str(REPOSITORY)}})
-    client.execute()
+    client.execute(cleanup_kc=True)     # else a kernel of its own manager lives as long as the tests
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert "parameters" in "".join(output.get("text", "") for output in outputs)

@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.nn import ACTIVATIONS, NORMS, Dropout, Linear, Mlp, Stack, attention, initializer, norm
-from vlm_jax.nn.attention import head_size, split_heads
-from vlm_jax.nn.biases import alibi, alibi_slopes, relative_bias, relative_buckets
+from vlm_jax.nn.attention import head_size, in_blocks, split_heads
+from vlm_jax.nn.biases import RelativeBias, alibi, alibi_slopes
 from vlm_jax.nn.cache import Cache, Slots
 from vlm_jax.nn.rotary import apply_rotary, check_rotary, rotary
 from vlm_jax.nn.visibility import Visibility
@@ -112,7 +112,7 @@ class LanguageAttention(nn.Module):
     settings: BlockSettings
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], visibility: Visibility, *, rotation: Any = None, bias: Float[Array, "#B H T S"] | None = None,
+    def __call__(self, x: Float[Array, "B T D"], visibility: Visibility, *, rotation: Any = None, bias: Float[Array, "#B H T S"] | RelativeBias | None = None,
                  source: Float[Array, "B M D"] | None = None, known: tuple[Array, Array] | None = None, factor: Float[Array, ""] | None = None,
                  write: Callable[[Array, Array], tuple[Array, Array]] | None = None) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Args:
@@ -157,9 +157,9 @@ class LanguageBlock(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], shared: Mapping[str, Any], *, per_layer: Mapping[str, Array] | None = None, state: Cache | None = None,
                  layer: Any = None, train: bool = False) -> tuple:
         """Args:
-          shared: what all blocks get: "visibility", and perhaps "rotations" (of all layers, and of those in a window), "bias" or "buckets", "encoded" (states
+          shared: what all blocks get: "visibility", and perhaps "rotations" (of all layers, and of those in a window), "bias", "encoded" (states
             of an encoder), "cross" (the visibility of its keys), "slots" (of the tokens in the cache).
-          per_layer: what this block gets: perhaps "window", "windowed", "relative_bias" (a table by buckets), "factor" (of queries).
+          per_layer: what this block gets: perhaps "window", "windowed", "relative_bias" (the table of its `RelativeBias`), "factor" (of queries).
           state, layer: the cache, and the block's number in it.
           train: whether dropout is active.
         Returns:
@@ -181,7 +181,7 @@ class LanguageBlock(nn.Module):
         if "windowed" in own:
             rotation = jax.tree.map(lambda plain, local: jnp.where(own["windowed"], local, plain), rotation, shared["local_rotation"])
         if "relative_bias" in own:
-            bias = relative_bias(own["relative_bias"], shared["buckets"])
+            bias = bias.replace(table=own["relative_bias"])
 
         def attend(h: Array) -> Array:
             module = LanguageAttention(s, name="attention")
@@ -315,12 +315,12 @@ class Transformer(nn.Module):
             settings = self.relative
             shape = (settings["buckets"], s.num_heads)
             table = self.param("relative_bias", initializer(s.width ** -0.5), shape if settings["shared"] else (self.depth, *shape), jnp.dtype(s.param_dtype))
-            buckets = relative_buckets(positions, key_position, buckets=settings["buckets"], max_distance=settings["max_distance"],
-                                       bidirectional=settings["bidirectional"])
-            if settings["shared"]:
-                shared["bias"] = relative_bias(table, buckets)
-            else:
-                shared["buckets"], per_layer["relative_bias"] = buckets, table
+            bias = RelativeBias(table if settings["shared"] else table[0], positions, key_position, settings["max_distance"], settings["bidirectional"])
+            if not settings["shared"]:
+                per_layer["relative_bias"] = table
+            elif not in_blocks(positions.shape[1], key_position.shape[1]):
+                bias = bias.dense()   # once for all layers
+            shared["bias"] = bias
         elif self.positions != "none":
             raise ConfigError(f'positions: "{self.positions}" is unknown; choose "rope", "alibi", "relative" or "none".')
 

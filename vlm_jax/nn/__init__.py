@@ -2,7 +2,7 @@
 of blocks."""
 from vlm_jax.nn.activations import ACTIVATIONS, gelu, gelu_tanh, quick_gelu, squared_relu
 from vlm_jax.nn.attention import SelfAttention, allowed_keys, attention, attention_weights
-from vlm_jax.nn.biases import alibi, alibi_slopes, relative_bias, relative_buckets
+from vlm_jax.nn.biases import RelativeBias, alibi, alibi_slopes, relative_buckets
 from vlm_jax.nn.block import BlockInit, TransformerBlock
 from vlm_jax.nn.cache import Cache, Slots
 from vlm_jax.nn.dropout import Dropout, PatchDropout
@@ -19,6 +19,6 @@ from vlm_jax.nn.visibility import Visibility, positions_of
 __all__ = [
     "ACTIVATIONS", "AttentionPooling", "BlockInit", "Cache", "Dropout", "LayerNorm", "Linear", "Mlp", "NORMS", "PatchDropout", "REMAT_POLICIES", "RmsNorm",
     "SelfAttention", "Slots", "Stack", "TransformerBlock", "Visibility", "alibi", "alibi_slopes", "allowed_keys", "apply_rotary", "attention",
-    "attention_weights", "check_rotary", "gelu", "gelu_tanh", "initializer", "layer_norm", "norm", "pool", "positions_of", "quick_gelu", "relative_bias",
+    "attention_weights", "check_rotary", "gelu", "gelu_tanh", "initializer", "layer_norm", "norm", "pool", "positions_of", "quick_gelu",
     "relative_buckets", "resample_positions", "rms_norm", "rotary", "sincos2d", "squared_relu",
 ]

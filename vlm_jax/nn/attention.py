@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.nn import kernels
+from vlm_jax.nn.biases import RelativeBias
 from vlm_jax.nn.blockwise import Masks, attend_in_blocks, capped, exponentials, product, regroup, sum_to
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.visibility import Visibility
@@ -47,7 +48,7 @@ def _masks(queries, keys, causal, mask, lengths, visibility) -> Masks:
 
 def attention(query: Float[Array, "B T H K"], key: Float[Array, "B S G K"], value: Float[Array, "B S G K"], *, causal: bool = False,
               mask: Bool[Array, "B #H #T S"] | None = None, lengths: Int[Array, "B"] | None = None, visibility: Visibility | None = None,
-              bias: Float[Array, "#B #H #T #S"] | None = None, soft_cap: float | None = None, scale: float | None = None,
+              bias: Float[Array, "#B #H #T #S"] | RelativeBias | None = None, soft_cap: float | None = None, scale: float | None = None,
               softmax_dtype: str = "float32") -> Float[Array, "B T H K"]:
     """softmax(query key^T scale + bias) value for each head, in the dtype of `value`.
 
@@ -57,7 +58,7 @@ def attention(query: Float[Array, "B T H K"], key: Float[Array, "B S G K"], valu
     Args:
       key, value: of G heads; G divides H, and head h reads key head h // (H / G).
       causal, mask, lengths, visibility: see `allowed_keys`. A query that may read no key gets zeros, and passes no gradient.
-      bias: added to the scaled (and capped) logits; four axes that broadcast; differentiated.
+      bias: added to the scaled (and capped) logits; four axes that broadcast, or a `RelativeBias`, whose table is differentiated too.
       soft_cap: c turns a logit x into c tanh(x / c), before the bias.
       scale: by default 1 / sqrt(K).
       softmax_dtype: of the logits, the exponentials and their sum.
@@ -68,13 +69,21 @@ def attention(query: Float[Array, "B T H K"], key: Float[Array, "B S G K"], valu
     masks = _masks(queries, keys, causal, mask, lengths, visibility)
     if heads % groups == 0 and kernels.fits(query, key, value, mask=mask, lengths=lengths, visibility=visibility, bias=bias, softmax_dtype=softmax_dtype):
         return kernels.attend(query, key, value, causal=causal, visibility=visibility, soft_cap=soft_cap, scale=scale)
+    blocks = in_blocks(queries, keys)
+    if isinstance(bias, RelativeBias) and not blocks:
+        bias = bias.dense()
     query, bias, options = _prepare(query, groups, bias, soft_cap, scale, softmax_dtype)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    if keys > KEYS_AT_ONCE and queries > FEW_QUERIES:
+    if blocks:
         out = attend_in_blocks(query, key, value, bias, masks, *options)
     else:
         out = _attend(query, key, value, regroup(masks.allowed(jnp.arange(keys)), heads, groups), bias, *options)
     return out.reshape(out.shape[0], heads, queries, out.shape[-1]).swapaxes(1, 2)
+
+
+def in_blocks(queries: int, keys: int) -> bool:
+    """Whether `attention` works in blocks of keys."""
+    return keys > KEYS_AT_ONCE and queries > FEW_QUERIES
 
 
 def attention_weights(query: Float[Array, "B T H K"], key: Float[Array, "B S G K"], *, causal: bool = False,
@@ -94,14 +103,15 @@ def _prepare(query, groups, bias, soft_cap, scale, softmax_dtype):
     heads = query.shape[2]
     if groups < 1 or heads % groups:
         raise ConfigError(f"attention: {groups} key and value heads do not divide the {heads} query heads; choose num_kv_heads that do.")
-    if bias is not None and bias.ndim != 4:
+    whole = not isinstance(bias, RelativeBias)
+    if whole and bias is not None and bias.ndim != 4:
         raise ValueError(f"attention: the bias has shape {bias.shape}; give it four axes, [batch, heads, queries, keys], of size 1 where shared.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     options = float(scale), None if soft_cap is None else float(soft_cap), jnp.dtype(softmax_dtype)
     query = query.swapaxes(1, 2)
     if groups != heads:
         query = query.reshape(query.shape[0], groups, heads // groups, *query.shape[2:])
-    return query, regroup(bias, heads, groups), options
+    return query, regroup(bias, heads, groups) if whole else bias, options
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))

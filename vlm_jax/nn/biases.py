@@ -2,6 +2,7 @@
 import functools
 import math
 
+from flax import struct
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from vlm_jax.errors import ConfigError
+
+KEYS_AT_ONCE = 128   # of which the gradient of a table is summed
 
 
 def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> np.ndarray:
@@ -63,26 +66,65 @@ def _bounds(buckets: int, max_distance: int) -> np.ndarray:
     return 1 + np.searchsorted(bucket, np.arange(1, buckets), side="left")
 
 
-def relative_bias(table: Float[Array, "N H"], buckets: Int[Array, "B T S"]) -> Float[Array, "B H T S"]:
-    """The learned bias of each pair's bucket, for every head."""
-    return _look_up(table, buckets)
+@struct.dataclass
+class RelativeBias:
+    """T5's learned bias of logits, as what it is made of: attention in blocks of keys never holds it for all keys.
+
+    Attributes:
+      table: the bias of each bucket and head.
+      query_position, key_position: see `relative_buckets`.
+      max_distance, bidirectional: see `relative_buckets`.
+    """
+    table: Float[Array, "N H"]
+    query_position: Int[Array, "B T"]
+    key_position: Int[Array, "B S"]
+    max_distance: int = struct.field(pytree_node=False, default=128)
+    bidirectional: bool = struct.field(pytree_node=False, default=True)
+
+    def buckets(self) -> Int[Array, "B T S"]:
+        """The bucket of each pair."""
+        return relative_buckets(self.query_position, self.key_position, buckets=self.table.shape[0], max_distance=self.max_distance,
+                                bidirectional=self.bidirectional)
+
+    def dense(self) -> Float[Array, "B H T S"]:
+        """The bias of each pair and head."""
+        return look_up(self.table, self.buckets())
+
+    def of_keys(self, start: Int[Array, ""] | int, size: int) -> "RelativeBias":
+        """The bias of `size` keys from `start` on."""
+        return self.replace(key_position=lax.dynamic_slice_in_dim(self.key_position, start, size, 1))
+
+    def gradient(self, of_dense: Float[Array, "B H T S"]) -> Float[Array, "N H"]:
+        """The gradient of the table, float32, from that of `dense()`."""
+        return _table_gradient(self.buckets(), of_dense, self.table.shape[0])
 
 
 @jax.custom_vjp
-def _look_up(table, buckets):
+def look_up(table: Float[Array, "N H"], buckets: Int[Array, "B T S"]) -> Float[Array, "B H T S"]:
+    """The entry of each pair's bucket, for every head."""
     return jnp.moveaxis(table[buckets], -1, 1)
+
+
+def _table_gradient(buckets: Int[Array, "B T S"], gradient: Float[Array, "B H T S"], entries: int) -> Float[Array, "N H"]:
+    """Sums the gradient of each bucket's pairs, `KEYS_AT_ONCE` keys at a time: the axis of keys is the one that no mesh splits."""
+    keys = buckets.shape[-1]
+    size = min(KEYS_AT_ONCE, keys)
+
+    def of_keys(total, number):
+        start = jnp.minimum(number * size, keys - size)     # the last keys overlap with those before, which count once
+        new = start + jnp.arange(size) >= number * size
+        bucket = jnp.where(new, lax.dynamic_slice_in_dim(buckets, start, size, 2), -1)
+        # A product with indicators: adding pairs one by one into the few rows of the table is slow everywhere.
+        chosen = jax.nn.one_hot(bucket, entries, dtype=jnp.float32)
+        part = lax.dynamic_slice_in_dim(gradient, start, size, 3).astype(jnp.float32)
+        return total + jnp.einsum("btsn,bhts->nh", chosen, part), None
+
+    return lax.scan(of_keys, jnp.zeros((entries, gradient.shape[1]), jnp.float32), jnp.arange(-(-keys // size)))[0]
 
 
 def _look_up_backward(saved, gradient):
     buckets, table = saved
-
-    def of_row(total, row):
-        # A product with indicators: adding T S rows one by one into the few of the table is slow everywhere.
-        chosen = jax.nn.one_hot(row[0], table.shape[0], dtype=jnp.float32)
-        return total + jnp.einsum("tsn,hts->nh", chosen, row[1].astype(jnp.float32)), None
-
-    total, _ = lax.scan(of_row, jnp.zeros(table.shape, jnp.float32), (buckets, gradient))
-    return total.astype(table.dtype), None
+    return _table_gradient(buckets, gradient, table.shape[0]).astype(table.dtype), None
 
 
-_look_up.defvjp(lambda table, buckets: (_look_up(table, buckets), (buckets, table)), _look_up_backward)
+look_up.defvjp(lambda table, buckets: (look_up(table, buckets), (buckets, table)), _look_up_backward)

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from vlm_jax.nn.biases import RelativeBias
 from vlm_jax.nn.visibility import Visibility
 
 BLOCK = 512   # keys that are read at once
@@ -110,7 +111,8 @@ def exponentials(query, key, allowed, bias, scale, soft_cap, dtype):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def attend_in_blocks(query, key, value, bias, masks, scale, soft_cap, dtype):
-    """Attention that reads `BLOCK` keys at a time, with a running maximum and sum; its backward pass computes the weights of each block again."""
+    """Attention that reads `BLOCK` keys at a time, with a running maximum and sum; its backward pass computes the weights of each block again. The bias is an
+    array or a `RelativeBias`, of which each block makes its part."""
     return _forward(query, key, value, bias, masks, scale, soft_cap, dtype)[0]
 
 
@@ -128,9 +130,9 @@ def _blocks(keys):
 
 def _block_logits(query, key, bias, masks, start, size, indices, new, scale, soft_cap, dtype):
     key = lax.dynamic_slice_in_dim(key, start, size, 2)
-    bias = _keys_of(bias, start, size, -1)
-    logits, factor = _logits(query, key, bias, scale, soft_cap, dtype)
     heads = key.shape[1] * (query.shape[2] if query.ndim == 5 else 1)
+    bias = regroup(bias.of_keys(start, size).dense(), heads, key.shape[1]) if isinstance(bias, RelativeBias) else _keys_of(bias, start, size, -1)
+    logits, factor = _logits(query, key, bias, scale, soft_cap, dtype)
     allowed = regroup(masks.block(start, size).allowed(indices), heads, key.shape[1])
     return logits, factor, new if allowed is None else allowed & new, key
 
@@ -175,7 +177,10 @@ def _backward(scale, soft_cap, dtype, saved, gradient):
         weights = jnp.where(allowed, jnp.exp(logits * factor - normaliser), 0)
         d_value = _add(d_value, product("bgrts,bgrtk->bgsk", weights.astype(value.dtype), gradient, dtype), start, 2)
         d_logits = weights * (product("bgrtk,bgsk->bgrts", gradient, values, dtype) - shared)
-        if bias is not None:
+        if isinstance(bias, RelativeBias):
+            of_dense = d_logits.reshape(d_logits.shape[0], -1, *d_logits.shape[-2:])    # its heads are not grouped
+            d_bias = d_bias + bias.of_keys(start, size).gradient(of_dense)
+        elif bias is not None:
             shape = (*bias.shape[:-1], 1 if bias.shape[-1] == 1 else size)
             d_bias = _add(d_bias, sum_to(d_logits, shape), 0 if bias.shape[-1] == 1 else start, -1)
         if soft_cap is not None:
@@ -185,9 +190,12 @@ def _backward(scale, soft_cap, dtype, saved, gradient):
         d_key = _add(d_key, product("bgrts,bgrtk->bgsk", d_logits, query, dtype), start, 2)
         return (d_query, d_key, d_value, d_bias), None
 
-    begin = tuple(None if x is None else jnp.zeros(x.shape, dtype) for x in (query, key, value, bias))
+    learned = bias.table if isinstance(bias, RelativeBias) else bias
+    begin = tuple(None if x is None else jnp.zeros(x.shape, dtype) for x in (query, key, value, learned))
     (d_query, d_key, d_value, d_bias), _ = lax.scan(read, begin, jnp.arange(count))
-    d_bias = None if bias is None else d_bias.astype(bias.dtype)
+    d_bias = None if bias is None else d_bias.astype(learned.dtype)
+    if isinstance(bias, RelativeBias):
+        d_bias = bias.replace(table=d_bias, query_position=None, key_position=None)
     return d_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype), d_bias, None
 
 
