@@ -20,7 +20,7 @@ def pairs(name: str, preset: str, size: int, peak: float, parameters: int, arg, 
     size = 24 if test else size
     if test:   # the same program, small: tiny towers, drawn pictures, SentencePiece in place of the published byte-pair merges
         source = dict(name="shapes", split="train", size=32)
-        tokenizer = {"train_on": source, "vocab_size": 300}
+        tokenizer = {"train_on": dict(source, limit=1000), "vocab_size": 300}
         config.model = dict(name="clip", preset="test")
         length = 16
     else:

@@ -17,7 +17,7 @@ def get_config(arg=None):
     test = arg.variant == "test"
     if test:
         source, held_out = dict(name="shapes", split="train", size=32), dict(name="shapes", split="validation", size=32, limit=8)
-        text = trained_text(source, vocab_size=300, length=16)
+        text = trained_text(dict(source, limit=1000), vocab_size=300, length=16)
     else:
         source = dict(name="tfds", dataset="coco_captions", split="train", data_dir=arg.data_dir)
         held_out = dict(source, split="val")

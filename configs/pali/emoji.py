@@ -25,7 +25,7 @@ def get_config(arg=None):
     config.seed = 0
     config.model = dict(name="pali", preset="test" if test else "emoji", language=dict(vocab_size=vocabulary))
     config.processor = dict(
-        image=drawn(size, arg.images), text=trained_text(train, vocabulary),
+        image=drawn(size, arg.images), text=trained_text(dict(train, limit=500) if test else train, vocabulary),
         format=dict(kind="encoder_decoder", length=patches + 8, target_length=40, image_tokens=patches, truncate_target=True))
     config.task = dict(name="generation")
     lay_out(config, arg, "", parameters=20_000_000)

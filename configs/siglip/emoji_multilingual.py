@@ -27,7 +27,8 @@ def get_config(arg=None):
     config.name = "siglip_emoji_multilingual"
     config.seed = 0
     config.model = dict(name="siglip", preset="test" if test else "emoji", text=dict(length=28, vocab_size=8192))
-    config.processor = dict(image=pictures(24 if test else 48, -2.0, 0.0), text=trained_text(train, vocab_size=3000 if test else 8192, length=28))
+    words = dict(train, limit=500) if test else train
+    config.processor = dict(image=pictures(24 if test else 48, -2.0, 0.0), text=trained_text(words, vocab_size=3000 if test else 8192, length=28))
     config.task = dict(name="contrastive", loss="sigmoid")
     lay_out(config, arg, "", parameters=10_000_000)
     english = dict(

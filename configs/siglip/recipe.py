@@ -24,7 +24,7 @@ def webli(name: str, family: str, preset: str, size: int, length: int, parameter
         source = train
         config.model = dict(name=family, preset="test")
         size, length = 24, 16
-        tokenizer = {"train_on": train, "vocab_size": 300}
+        tokenizer = {"train_on": dict(train, limit=1000), "vocab_size": 300}
         text = [["canonicalize" if canonical else "lowercase", {}], ["tokenize", {"tokenizer": tokenizer, "length": length, "eos": "sticky"}]]
     else:
         source = dict(name="tar", path=arg.shards)

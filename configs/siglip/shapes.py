@@ -23,7 +23,7 @@ def get_config(arg=None):
     config.name = "siglip_shapes"
     config.seed = 0
     config.model = dict(name="siglip", preset="test" if test else "shapes")
-    config.processor = dict(image=pictures(size, -2.0, 0.0), text=trained_text(train, vocab_size=300, length=16))
+    config.processor = dict(image=pictures(size, -2.0, 0.0), text=trained_text(dict(train, limit=1000) if test else train, vocab_size=300, length=16))
     config.task = dict(name="contrastive", loss="sigmoid")
     lay_out(config, arg, "", parameters=10_000_000)
     config.stages = [dict(

@@ -102,7 +102,7 @@ def rows(workdir):
 def start(workdir, monkeypatch, plan, **overrides):
     monkeypatch.setattr(faults, "_plan", faults._read(plan))
     faults._counts.clear()
-    evaluations = {"search": dict(evaluator="retrieval", source=dict(name="shapes", split="heldout_pairs", size=32, limit=6), every=2)}
+    evaluations = {"search": dict(evaluator="retrieval", source=dict(name="shapes", split="heldout_pairs", size=32, limit=3), every=2)}
     return train(shapes(evaluations=evaluations, **overrides), workdir, devices=jax.devices()[:1])
 
 
