@@ -24,7 +24,8 @@ def get_config(arg=None):
     config.seed = 0
     config.model = dict(name="siglip", preset="test" if test else "emoji")
     # White, the background, becomes 0, so that empty patches carry nothing but their position.
-    config.processor = dict(image=pictures(size, -2.0, 0.0), text=trained_text(dict(train, limit=500) if test else train, vocab_size=300 if test else 2048, length=16))
+    text = trained_text(dict(train, limit=500) if test else train, vocab_size=300 if test else 2048, length=16)
+    config.processor = dict(image=pictures(size, -2.0, 0.0), text=text)
     config.task = dict(name="contrastive", loss="sigmoid")
     lay_out(config, arg, "", parameters=10_000_000)
     config.stages = [dict(

@@ -47,7 +47,7 @@ def test_several_pictures_stand_where_slots_say(variables, apply):
 def test_image_tokens_are_those_of_the_tower_unscaled(variables):
     inputs = two_pictures()
     bound = MODEL.bind(variables)
-    embedded = bound._embedded(dict(inputs))[0]["embeddings"]
+    embedded = bound.embedded(dict(inputs))[0]["embeddings"]
     tokens, _ = bound.image_tower(jnp.asarray(inputs["images"][0]))
     np.testing.assert_allclose(embedded[0, 8:14], bound.projector(tokens)[0], rtol=1e-5, atol=1e-6)
     table = variables["params"]["language"]["token_embedding"]

@@ -17,7 +17,8 @@ from vlm_jax.nn.stack import REMAT_POLICIES, Stack
 from vlm_jax.nn.visibility import Visibility, positions_of
 
 __all__ = [
-    "ACTIVATIONS", "AttentionPooling", "BlockInit", "Cache", "Dropout", "LayerNorm", "Linear", "Mlp", "NORMS", "PatchDropout", "REMAT_POLICIES", "RmsNorm",
+    "ACTIVATIONS", "AttentionPooling", "BlockInit", "Cache", "Dropout", "LayerNorm", "Linear", "Mlp", "NORMS", "PatchDropout", "REMAT_POLICIES",
+    "RelativeBias", "RmsNorm",
     "SelfAttention", "Slots", "Stack", "TransformerBlock", "Visibility", "alibi", "alibi_slopes", "allowed_keys", "apply_rotary", "attention",
     "attention_weights", "check_rotary", "gelu", "gelu_tanh", "initializer", "layer_norm", "norm", "pool", "positions_of", "quick_gelu",
     "relative_buckets", "resample_positions", "rms_norm", "rotary", "sincos2d", "squared_relu",
