@@ -1,7 +1,7 @@
 """Converts weights: `python -m vlm_jax.convert --from hf|big_vision|workdir --to hf SRC DST`.
 
     hf          a directory in the Hugging Face layout: config.json, safetensors, tokenizer and processor files
-    big_vision  an .npz of SigLIP; --processor DIR takes tokenizer and preprocessing from a directory or run
+    big_vision  an .npz of SigLIP or PaliGemma; --processor DIR takes tokenizer and preprocessing from a directory or run
     workdir     a run of vlm_jax (--step chooses one of its checkpoints)
 
 Without --from the kind is told by what SRC is. Nothing is unpickled: .bin, .pt and .ckpt files are refused.
@@ -55,9 +55,13 @@ def load_any(source: str, kind: str | None = None, step: int | None = None, dtyp
       CheckpointError: for what cannot be read.
     """
     from vlm_jax.restore import Loaded, load
+    if source.endswith(".npz") and kind not in (None, "big_vision"):
+        raise ConfigError(f"{source}: this is an .npz of big_vision, not what --from {kind} says; leave --from out.")
     kind = kind or ("big_vision" if source.endswith(".npz") else None)
     if kind == "big_vision":
         from vlm_jax.interop.directory import load_npz
+        if step is not None:
+            raise ConfigError(f"--step {step}: {source} is no run and has no steps; leave --step out.")
         made = load_npz(source, dtype)
         return Loaded(made.model, made.params, made.processor, made.config, 0, made.files)
     loaded = load(source, step) if dtype is None or kind == "workdir" else load(source, step, dtype=dtype)

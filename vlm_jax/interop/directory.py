@@ -108,8 +108,10 @@ def prefix_of(family: families.Family, model: Any) -> str:
     return family.prefix(model) if callable(family.prefix) else family.prefix
 
 
-def load_npz(path: str | os.PathLike, dtype: str | None = None, compute: str | None = None) -> Imported:
-    """Loads a checkpoint of big_vision (.npz): SigLIP's two towers, or its image tower; sizes are read from the arrays. There is no processor in it.
+def load_npz(path: str | os.PathLike, dtype: str | None = None, mesh: Any = None, sharding: Sequence[tuple[str, str]] | None = None,
+             compute: str | None = None) -> Imported:
+    """Loads a checkpoint of big_vision (.npz): SigLIP's two towers, its image tower, or PaliGemma 1 or 2; sizes are read from the arrays. There is no
+    processor in it. The arguments are those of `load_directory`.
 
     Raises:
       CheckpointError: if the file is damaged or is another model's.
@@ -118,8 +120,10 @@ def load_npz(path: str | os.PathLike, dtype: str | None = None, compute: str | N
     source = NpzFile(path)
     settings = big_vision.to_settings(source)
     model = build(settings, dtype, compute)
-    params = table.read(big_vision.rows(model, big_vision.is_stacked(source)), source, abstract_params(model), dtype=dtype, prefix=big_vision.PREFIX,
-                        renames=big_vision.RENAMES)
+    shapes = abstract_params(model)
+    shardings = parameter_shardings(mesh, shapes, sharding) if mesh is not None else None
+    rows = big_vision.rows(model, big_vision.is_stacked(source), big_vision.is_stacked_language(source))
+    params = table.read(rows, source, shapes, shardings, dtype, prefix=big_vision.PREFIX, renames=big_vision.RENAMES)
     return Imported(model, params, None, {"model": settings}, {})
 
 
