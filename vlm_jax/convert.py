@@ -16,6 +16,7 @@ from vlm_jax import command_line
 from vlm_jax.errors import ConfigError
 
 KINDS = ("hf", "big_vision", "workdir")
+_PADDING = 64   # tables of the releases have a multiple of so many rows
 
 
 def run(arguments: Sequence[str] | None = None) -> str:
@@ -83,9 +84,31 @@ def with_processor(loaded: Any, folder: str) -> Any:
     if is_directory(folder):
         from vlm_jax.interop.directory import read_files
         from vlm_jax.interop.processors import read_processor
+        loaded = _with_image_token(loaded, folder)
         return dataclasses.replace(loaded, processor=read_processor(folder, loaded.model, {}), files=read_files(folder))
     from vlm_jax.data.processor import Processor
     return dataclasses.replace(loaded, processor=Processor.load(os.path.join(folder, "processor.json")), files={})
+
+
+def _with_image_token(loaded: Any, folder: str) -> Any:
+    """PaliGemma with a row for <image>, which the tokenizers of directories have and big_vision's tables lack: rows are added up to a multiple of 64, each
+    the mean of all, whose logit is never the largest. Other models as they are."""
+    if loaded.config["model"]["name"] != "paligemma" or "hf" in loaded.config:
+        return loaded
+    import jax.numpy as jnp
+
+    from vlm_jax import registry
+    from vlm_jax.data.tokenizers import load_tokenizer
+    settings, table = loaded.config["model"], loaded.params["language"]["token_embedding"]
+    number = load_tokenizer({"path": folder}).token_id("<image>")
+    if number is None or not len(table) <= number < len(table) + _PADDING:
+        return loaded
+    rows = -(-(number + 1) // _PADDING) * _PADDING
+    mean = table.astype(jnp.float32).mean(0, keepdims=True).astype(table.dtype)
+    params = {**loaded.params, "language": {**loaded.params["language"], "token_embedding": jnp.concatenate([table, *[mean] * (rows - len(table))])}}
+    settings = {**settings, "language": {**settings["language"], "vocab_size": rows}}
+    model = registry.build(**settings, dtypes={"params": loaded.model.param_dtype, "compute": loaded.model.dtype})
+    return dataclasses.replace(loaded, model=model, params=params, config={**loaded.config, "model": settings})
 
 
 if __name__ == "__main__":

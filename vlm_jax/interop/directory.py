@@ -142,6 +142,9 @@ def save_directory(loaded: Any, path: str | os.PathLike, shard_bytes: int = 5_00
     original = loaded.config.get("hf") or {}
     family = families.family(original["model_type"]) if original else families.writer(loaded.config["model"]["name"], loaded.model)
     config = _of_its_type(original, _merged(original, family.to_config(loaded.model)), family)
+    tokenizer = None if loaded.processor is None else loaded.processor.tokenizer
+    if "image_token_index" in config and "image_token_index" not in original and tokenizer is not None and tokenizer.token_id("<image>") is not None:
+        config["image_token_index"] = tokenizer.token_id("<image>")
     tensors = table.write(family.rows(loaded.model), loaded.params)
     if loaded.config.get("bare"):   # the class without a head, whose names have no prefix
         prefix = prefix_of(family, loaded.model)
@@ -182,8 +185,8 @@ def _merged(original: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, An
             result.pop(key, None)
         elif value is families.NULL:
             result[key] = None
-        elif value is families.NULL:
-            result[key] = None
+        elif key == "image_token_index" and key in original:
+            continue   # the tokenizer's to know
         elif key in ("id2label", "label2id") and key in original and len(original[key]) == len(value):
             continue   # the names of classes are not the model's to know
         else:

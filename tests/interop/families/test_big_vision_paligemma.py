@@ -1,4 +1,6 @@
 """PaliGemma 1 and 2 as big_vision publishes them: transformers' random weights, written as such an .npz by the inverse of its published conversion, read back."""
+import json
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -143,3 +145,26 @@ def test_the_largest_gemma2_scales_queries_in_its_own_way_and_odd_files_are_refu
         convert.load_any(str(tmp_path / "a.npz"), "hf")
     with pytest.raises(ConfigError, match="has no steps"):
         vlm_jax.load(tmp_path / "a.npz", 3)
+
+
+def test_a_processor_brings_the_image_token_that_the_table_lacks(tmp_path):
+    from tests.data.tokenizer_samples import gemma_model
+    from vlm_jax.data.tokenizers import SentencePieceTokenizer
+    pieces = SentencePieceTokenizer(gemma_model()).vocab_size
+    text = dict(TEXTS["gemma"], vocab_size=pieces)
+    reference = reference_of(text, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(gemma_model())
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "extra_special_tokens":
+                                                                       {"image_token": "<image>"}}))
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "SiglipImageProcessor", "size": {"height": 21, "width": 21}}))
+    np.savez(tmp_path / "a.npz", **as_big_vision(reference, text))
+    convert.run([str(tmp_path / "a.npz"), str(tmp_path / "out"), "--processor", str(tmp_path / "hf")])
+    for again in (tmp_path / "out", tmp_path / "twice"):
+        config = json.loads((again / "config.json").read_text())
+        assert config["image_token_index"] == pieces and config["text_config"]["vocab_size"] == -(-(pieces + 1) // 64) * 64
+        loaded = vlm_jax.load(again)
+        assert loaded.processor.tokenizer.token_id("<image>") == pieces and loaded.processor.prompt(np.zeros((9, 9, 3), np.uint8), "red")["images"].shape[1] == 21
+        table = loaded.params["language"]["token_embedding"]
+        np.testing.assert_array_equal(table[:pieces], vlm_jax.load(tmp_path / "a.npz").params["language"]["token_embedding"])
+        np.testing.assert_allclose(table[pieces:], np.broadcast_to(table[:pieces].mean(0), table[pieces:].shape), atol=1e-6)
+        vlm_jax.save(loaded, tmp_path / "twice")
