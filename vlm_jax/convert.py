@@ -55,6 +55,7 @@ def load_any(source: str, kind: str | None = None, step: int | None = None, dtyp
       ConfigError: for arguments that are not for this kind.
       CheckpointError: for what cannot be read.
     """
+    from vlm_jax.interop.config_reader import is_directory
     from vlm_jax.restore import Loaded, load
     if source.endswith(".npz") and kind not in (None, "big_vision"):
         raise ConfigError(f"{source}: this is an .npz of big_vision, not what --from {kind} says; leave --from out.")
@@ -65,10 +66,13 @@ def load_any(source: str, kind: str | None = None, step: int | None = None, dtyp
             raise ConfigError(f"--step {step}: {source} is no run and has no steps; leave --step out.")
         made = load_npz(source, dtype)
         return Loaded(made.model, made.params, made.processor, made.config, 0, made.files)
-    loaded = load(source, step) if dtype is None or kind == "workdir" else load(source, step, dtype=dtype)
-    if kind is not None and (kind == "hf") != ("hf" in loaded.config):
-        raise ConfigError(f"{source}: this is a {'directory (hf)' if 'hf' in loaded.config else 'workdir'}, not what --from {kind} says; leave --from out.")
-    return _cast(loaded, dtype) if kind == "workdir" and dtype is not None else loaded
+    found = "hf" if is_directory(os.path.expanduser(source)) else "workdir"
+    if kind is not None and kind != found:
+        raise ConfigError(f"{source}: this is a {'directory (hf)' if found == 'hf' else 'workdir'}, not what --from {kind} says; leave --from out.")
+    if found == "hf":
+        return load(source, step, dtype=dtype)
+    loaded = load(source, step)
+    return loaded if dtype is None else _cast(loaded, dtype)
 
 
 def _cast(loaded: Any, dtype: str) -> Any:

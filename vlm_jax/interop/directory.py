@@ -160,6 +160,7 @@ def save_directory(loaded: Any, path: str | os.PathLike, shard_bytes: int = 5_00
         files = processors.tokenizer_files(loaded.processor)
         if loaded.processor.to_dict()["image"]:
             files["preprocessor_config.json"] = _json(processors.processor_config(loaded.processor))
+        files[processors.OWN_FILE] = _json(loaded.processor.to_dict())
     try:
         os.makedirs(path, exist_ok=True)
         storage.remove(os.path.join(path, "config.json"))

@@ -97,6 +97,8 @@ def test_the_npz_is_the_model_of_the_directory_and_becomes_one(kind, prefix, tmp
     logits, _ = jax.jit(ours.model.apply)({"params": ours.params}, inputs)
     assert logits.shape == (2, LENGTH, 61)
     assert parity.relative_error(logits, theirs(reference, inputs)) <= 1e-5
+    if kind == "gemma":
+        return
     convert.run([str(tmp_path / "a.npz"), str(tmp_path / "out")])
     again, report = transformers.PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
