@@ -5,8 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-import vlm_jax
 from tests.training.test_generation_run import SOURCE, TOWER, config_of
+import vlm_jax
 from vlm_jax import convert
 from vlm_jax.data.sources import build_source
 from vlm_jax.errors import ConfigError

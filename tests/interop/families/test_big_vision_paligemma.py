@@ -1,4 +1,4 @@
-"""PaliGemma 1 and 2 as big_vision publishes them: transformers' random weights, written as such an .npz by the inverse of its published conversion, read back."""
+"""PaliGemma 1 and 2 as big_vision publishes them: random weights of transformers, turned round into such an .npz, and read back."""
 import json
 
 import jax
@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import vlm_jax
 from tests.interop.families.test_paligemma import IMAGE, LENGTH, VISION, sample, theirs
 from tests.models import parity
+import vlm_jax
 from vlm_jax import convert
 from vlm_jax.errors import CheckpointError, ConfigError
 from vlm_jax.interop.directory import read_parameters
@@ -165,7 +165,8 @@ def test_a_processor_brings_the_image_token_that_the_table_lacks(tmp_path):
         config = json.loads((again / "config.json").read_text())
         assert config["image_token_index"] == pieces and config["text_config"]["vocab_size"] == -(-(pieces + 1) // 64) * 64
         loaded = vlm_jax.load(again)
-        assert loaded.processor.tokenizer.token_id("<image>") == pieces and loaded.processor.prompt(np.zeros((9, 9, 3), np.uint8), "red")["images"].shape[1] == 21
+        assert loaded.processor.tokenizer.token_id("<image>") == pieces
+        assert loaded.processor.prompt(np.zeros((9, 9, 3), np.uint8), "red")["images"].shape[1] == 21
         table = loaded.params["language"]["token_embedding"]
         np.testing.assert_array_equal(table[:pieces], vlm_jax.load(tmp_path / "a.npz").params["language"]["token_embedding"])
         np.testing.assert_allclose(table[pieces:], np.broadcast_to(table[:pieces].mean(0), table[pieces:].shape), atol=1e-6)
