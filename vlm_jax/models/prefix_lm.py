@@ -66,9 +66,13 @@ class PrefixLM(nn.Module):
         """Reads a prompt; returns the logits of what comes next, and the cache."""
         return self.language_model.start(self._embedded(inputs)[0], cache_length)
 
-    def extend(self, tokens: Int[Array, "B T"], cache: Cache, valid: Bool[Array, "B T"] | None = None) -> tuple[Float[Array, "B T V"], Cache]:
-        """Goes on with tokens of text; see `Decoder.extend`."""
-        return self.language_model.extend(tokens, cache, valid)
+    def extend(self, tokens: Int[Array, "B T"], cache: Cache, valid: Bool[Array, "B T"] | None = None, images: Float[Array, "B N H W 3"] | None = None,
+               slots: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T V"], Cache]:
+        """Goes on with tokens of text, or with text and further pictures; see `Decoder.extend`. Their `slots` count from 0 again."""
+        if images is None:
+            return self.language_model.extend(tokens, cache, valid)
+        inputs, _ = self._embedded({"tokens": tokens, "images": images, "slots": slots})
+        return self.language_model.extend(tokens, cache, valid, inputs["embeddings"])
 
     def _embedded(self, inputs: Mapping[str, Array], train: bool = False) -> tuple[dict[str, Array], dict[str, Array]]:
         inputs = dict(inputs)
