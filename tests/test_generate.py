@@ -200,7 +200,11 @@ def test_a_chat_shows_pictures_through_the_template_and_goes_on_from_its_cache(h
         def stream(self, inputs, **options):
             yield from super().stream(inputs, **options)
             counts.append((self.read, self.reused))
-    lines = ["red", f"/image {pictures[1]}", "blue", "/reset", "red"]
+
+        def clear(self):
+            super().clear()
+            counts.append("cleared")
+    lines = ["red", f"/image {pictures[1]}", "blue", "/reset"]
     talks = [talk(generate.Answerer(seeing, generate.end_ids(seeing), 4, {}, template=PICTURES, session=session), lines, first_image=pictures[0])[0]
              for session in (None, Counting(seeing.model, seeing.params))]
     assert talks[0] == talks[1] and [turn["image"] for turn in talks[0]] == pictures

@@ -107,6 +107,7 @@ def pictured(parts, prefix=False):
     return {**made, "slots": np.array([slots], np.int32), "images": pictures[seen][None]}
 
 
+@pytest.mark.slow
 def test_pictures_are_read_once_and_may_come_later():
     model = registry.build("paligemma", image=dict(image_size=8, patch_size=4, width=8, depth=1, mlp_dim=12, num_heads=2), scan=False,
                            language=dict(vocab_size=31, width=12, depth=1, mlp_dim=16, num_heads=2))
