@@ -9,11 +9,13 @@ from PIL import Image
 import pytest
 
 from tests.data.tokenizer_samples import gemma_model
-from vlm_jax import generate, restore
+from vlm_jax import generate, registry, restore
+from vlm_jax.data.chat import render
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.tokenizers import SentencePieceTokenizer
-from vlm_jax.decoding import generate as decode
+from vlm_jax.decoding import Session, generate as decode
 from vlm_jax.errors import ConfigError, DataError
+from vlm_jax.interop.abstract import abstract_params
 from vlm_jax.language.decoder import Decoder
 
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
@@ -170,3 +172,58 @@ def test_ctrl_c_ends_an_answer_not_the_chat(loaded, answerer):
             raise KeyboardInterrupt
     turns, shown = talk(Interrupted(loaded, answerer.eos, 6, {}), ["red", "blue"])
     assert [turn["answer"] for turn in turns] == ["half an", "half an"] and shown.count("half an [stopped]") == 2
+
+
+PICTURES = ("{% for message in messages %}{{ message['role'] }}: {% if message['content'] is string %}{{ message['content'] }}{% else %}"
+            "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}\n"
+            "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    """A decoder that reads any number of pictures wherever they stand, and its processor; 4 tokens a picture."""
+    tokenizer = SentencePieceTokenizer(gemma_model(), ["<image>"])
+    processor = Processor(image=[["resize", {"size": 8}], ["value_range", {"low": -1, "high": 1}]],
+                          text=[["tokenize", {"tokenizer": tokenizer.to_dict(), "length": 8}]], format=dict(kind="causal", length=64, image_tokens=4))
+    model = registry.build("paligemma", image=dict(image_size=8, patch_size=4, width=8, depth=1, mlp_dim=12, num_heads=2), scan=False,
+                           language=dict(vocab_size=tokenizer.vocab_size, width=16, depth=1, mlp_dim=24, num_heads=2))
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda leaf: jax.numpy.asarray(0.4 * rng.normal(size=leaf.shape), "float32"), abstract_params(model))
+    return SimpleNamespace(model=model, params=params, processor=processor, files={})
+
+
+def test_a_chat_shows_pictures_through_the_template_and_goes_on_from_its_cache(here, seeing):
+    pictures = [str(here / "pictures" / f"{number}.png") for number in (0, 2)]
+    counts = []
+
+    class Counting(Session):
+        def stream(self, inputs, **options):
+            yield from super().stream(inputs, **options)
+            counts.append((self.read, self.reused))
+
+        def clear(self):
+            super().clear()
+            counts.append("cleared")
+    lines = ["red", f"/image {pictures[1]}", "blue", "/reset"]
+    talks = [talk(generate.Answerer(seeing, generate.end_ids(seeing), 4, {}, template=PICTURES, session=session), lines, first_image=pictures[0])[0]
+             for session in (None, Counting(seeing.model, seeing.params))]
+    assert talks[0] == talks[1] and [turn["image"] for turn in talks[0]] == pictures
+    _, (first, none), (new, held), _ = counts
+    assert [counts[0], counts[3]] == ["cleared"] * 2 and none == 0 and held >= first   # what the first turn read is not read again
+    answer = talks[0][0]["answer"]
+    text = render(PICTURES, [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "red"}]}, {"role": "assistant", "content": answer},
+                             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "blue"}]}], add_generation_prompt=True)
+    made = seeing.processor.conversation([generate.read_picture(path) for path in pictures], text, "<image>")
+    assert len(made["tokens"]) == new + held and made["images"].shape == (2, 8, 8, 3) and not made["prefix"].any()
+    assert made["slots"][made["slots"] >= 0].tolist() == list(range(8))
+    with pytest.raises(DataError, match="2 <image> markers but 1 images"):
+        seeing.processor.conversation([generate.read_picture(pictures[0])], text, "<image>")
+    _, shown = talk(generate.Answerer(seeing, (), 4, {}, template=TEMPLATE), ["red"], first_image=pictures[0])
+    assert "conversations are text only" in shown and "/reset leaves the picture out" in shown
+
+
+def test_a_chat_of_the_command_line_has_a_session(here, seeing, monkeypatch):
+    monkeypatch.setattr(restore, "load", lambda path, **options: seeing)
+    (here / "chat_template.jinja").write_text(PICTURES)
+    options = generate._options(["--checkpoint", str(here), "--chat"])
+    assert isinstance(generate.Answerer.load(options).session, Session) and generate.Answerer.load(options).marker() == "<image>"

@@ -1,7 +1,7 @@
 """Converts weights: `python -m vlm_jax.convert --from hf|big_vision|workdir --to hf SRC DST`.
 
     hf          a directory in the Hugging Face layout: config.json, safetensors, tokenizer and processor files
-    big_vision  an .npz of SigLIP; --processor DIR takes tokenizer and preprocessing from a directory or run
+    big_vision  an .npz of SigLIP or PaliGemma; --processor DIR takes tokenizer and preprocessing from a directory or run
     workdir     a run of vlm_jax (--step chooses one of its checkpoints)
 
 Without --from the kind is told by what SRC is. Nothing is unpickled: .bin, .pt and .ckpt files are refused.
@@ -16,6 +16,7 @@ from vlm_jax import command_line
 from vlm_jax.errors import ConfigError
 
 KINDS = ("hf", "big_vision", "workdir")
+_PADDING = 64   # tables of the releases have a multiple of so many rows
 
 
 def run(arguments: Sequence[str] | None = None) -> str:
@@ -54,16 +55,24 @@ def load_any(source: str, kind: str | None = None, step: int | None = None, dtyp
       ConfigError: for arguments that are not for this kind.
       CheckpointError: for what cannot be read.
     """
+    from vlm_jax.interop.config_reader import is_directory
     from vlm_jax.restore import Loaded, load
+    if source.endswith(".npz") and kind not in (None, "big_vision"):
+        raise ConfigError(f"{source}: this is an .npz of big_vision, not what --from {kind} says; leave --from out.")
     kind = kind or ("big_vision" if source.endswith(".npz") else None)
     if kind == "big_vision":
         from vlm_jax.interop.directory import load_npz
+        if step is not None:
+            raise ConfigError(f"--step {step}: {source} is no run and has no steps; leave --step out.")
         made = load_npz(source, dtype)
         return Loaded(made.model, made.params, made.processor, made.config, 0, made.files)
-    loaded = load(source, step) if dtype is None or kind == "workdir" else load(source, step, dtype=dtype)
-    if kind is not None and (kind == "hf") != ("hf" in loaded.config):
-        raise ConfigError(f"{source}: this is a {'directory (hf)' if 'hf' in loaded.config else 'workdir'}, not what --from {kind} says; leave --from out.")
-    return _cast(loaded, dtype) if kind == "workdir" and dtype is not None else loaded
+    found = "hf" if is_directory(os.path.expanduser(source)) else "workdir"
+    if kind is not None and kind != found:
+        raise ConfigError(f"{source}: this is a {'directory (hf)' if found == 'hf' else 'workdir'}, not what --from {kind} says; leave --from out.")
+    if found == "hf":
+        return load(source, step, dtype=dtype)
+    loaded = load(source, step)
+    return loaded if dtype is None else _cast(loaded, dtype)
 
 
 def _cast(loaded: Any, dtype: str) -> Any:
@@ -79,9 +88,31 @@ def with_processor(loaded: Any, folder: str) -> Any:
     if is_directory(folder):
         from vlm_jax.interop.directory import read_files
         from vlm_jax.interop.processors import read_processor
+        loaded = _with_image_token(loaded, folder)
         return dataclasses.replace(loaded, processor=read_processor(folder, loaded.model, {}), files=read_files(folder))
     from vlm_jax.data.processor import Processor
     return dataclasses.replace(loaded, processor=Processor.load(os.path.join(folder, "processor.json")), files={})
+
+
+def _with_image_token(loaded: Any, folder: str) -> Any:
+    """PaliGemma with a row for <image>, which the tokenizers of directories have and big_vision's tables lack: rows are added up to a multiple of 64, each
+    the mean of all, whose logit is never the largest. Other models as they are."""
+    if loaded.config["model"]["name"] != "paligemma" or "hf" in loaded.config:
+        return loaded
+    import jax.numpy as jnp
+
+    from vlm_jax import registry
+    from vlm_jax.data.tokenizers import load_tokenizer
+    settings, table = loaded.config["model"], loaded.params["language"]["token_embedding"]
+    number = load_tokenizer({"path": folder}).token_id("<image>")
+    if number is None or not len(table) <= number < len(table) + _PADDING:
+        return loaded
+    rows = -(-(number + 1) // _PADDING) * _PADDING
+    mean = table.astype(jnp.float32).mean(0, keepdims=True).astype(table.dtype)
+    params = {**loaded.params, "language": {**loaded.params["language"], "token_embedding": jnp.concatenate([table, *[mean] * (rows - len(table))])}}
+    settings = {**settings, "language": {**settings["language"], "vocab_size": rows}}
+    model = registry.build(**settings, dtypes={"params": loaded.model.param_dtype, "compute": loaded.model.dtype})
+    return dataclasses.replace(loaded, model=model, params=params, config={**loaded.config, "model": settings})
 
 
 if __name__ == "__main__":

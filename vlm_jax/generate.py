@@ -1,7 +1,8 @@
 """Answers with a generating model: `python -m vlm_jax.generate --checkpoint DIR --image cat.png --prompt "caption en"`.
 
 DIR is a workdir of a run or a folder in Hugging Face's layout. `--image` may be a folder: one JSON line a picture. Without it the prompt is a text alone.
-`--chat` talks in the terminal: /image PATH shows a picture, /reset begins anew, /quit (or Ctrl-D) ends; Ctrl-C ends an answer.
+`--chat` talks in the terminal: /image PATH shows a picture, /reset begins anew, /quit (or Ctrl-D) ends; Ctrl-C ends an answer. A model with a chat template
+remembers the conversation, its pictures included, and reads of each turn only what is new.
 """
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,8 @@ from typing import Any, TextIO
 from vlm_jax import command_line
 from vlm_jax.errors import ConfigError, DataError
 
+# What chat templates write for a picture, besides the marker of the processor's format.
+MARKERS = ("<image>", "<|image_pad|>", "<|image|>", "<image_soft_token>", "<start_of_image>", "[IMG]")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
 HELP = "/image PATH shows a picture, /reset begins anew, /quit ends; Ctrl-C ends an answer."
 
@@ -79,6 +82,7 @@ class Answerer:
       loaded: what `vlm_jax.load` returned. template: its chat template, or None.
       eos: the ids that end an answer.
       choice: keyword arguments of `stream`, `generate` or, with `beams` above 1, of `beam_search`.
+      session: the `decoding.Session` that answers come from, None to read every prompt whole.
     """
     loaded: Any
     eos: tuple[int, ...]
@@ -87,6 +91,7 @@ class Answerer:
     stop: Sequence[str] = ()
     beams: int = 1
     template: str | None = None
+    session: Any = None
 
     @classmethod
     def load(cls, options: argparse.Namespace) -> "Answerer":
@@ -111,10 +116,15 @@ class Answerer:
         if options.chat and Path(options.checkpoint).is_dir():
             from vlm_jax.data.chat import load_template
             template = load_template(options.checkpoint)
-        return cls(loaded, end_ids(loaded), options.max_tokens, choice, options.stop, options.beams, template)
+        session = None
+        if template is not None and options.beams == 1:
+            from vlm_jax.decoding.session import Session
+            session = Session(loaded.model, loaded.params)
+        return cls(loaded, end_ids(loaded), options.max_tokens, choice, options.stop, options.beams, template, session)
 
     def inputs(self, image: Any, prompt: str, formatted: bool = False) -> dict[str, Any]:
-        """The inputs of one prompt, with a batch axis; `formatted`: it holds its marks already, as a chat template writes them."""
+        """The inputs of one prompt, with a batch axis; `formatted`: it holds its marks already, as a chat template writes them, and `image` is a list of the
+        pictures that it shows."""
         return {key: value[None] for key, value in self._row(image, prompt, formatted).items()}
 
     def _row(self, image: Any, prompt: str, formatted: bool) -> dict[str, Any]:
@@ -122,7 +132,9 @@ class Answerer:
         processor = self.loaded.processor
         if processor.format is not None and not formatted:
             return processor.prompt(image, prompt)
-        if image is not None:
+        if image and formatted:
+            return processor.conversation(image, prompt, self.marker())
+        if image:
             raise ConfigError("this model reads text only; leave the image out.")
         tokenizer = processor.tokenizer
         ids = tokenizer.encode(prompt)
@@ -132,14 +144,33 @@ class Answerer:
             raise ConfigError("the prompt has no tokens; write something.")
         return {"tokens": np.asarray(ids, np.int32), "valid": np.ones(len(ids), bool)}
 
+    def marker(self) -> str:
+        """What the chat template writes in the place of a picture, as the processor looks for it.
+
+        Raises:
+          ConfigError: for a template that knows no pictures.
+        """
+        from vlm_jax.data.chat import image_text
+        form = self.loaded.processor.format
+        written = image_text(self.template) if self.template else ""
+        names = (form.image_marker,) if form is not None and form.image_marker else ()
+        found = next((name for name in (*names, *MARKERS) if name in written), None)
+        if found is None:
+            raise ConfigError(f"this model's conversations are text only (for a picture its chat template writes {written!r:.40}); "
+                              "/reset leaves the picture out.")
+        return found
+
     def pieces(self, inputs: dict[str, Any]) -> Iterator[str]:
         """The answer to one prompt, piece by piece as it comes (a beam search has only one)."""
         if self.beams > 1:
             yield self.answers(inputs)[0]
             return
+        options = dict(tokenizer=Known(self.loaded.processor), max_tokens=self.max_tokens, eos=self.eos, stop=self.stop, **self.choice)
+        if self.session is not None:
+            yield from self.session.stream(inputs, **options)
+            return
         from vlm_jax.decoding.streaming import stream
-        for piece in stream(self.loaded.model, self.loaded.params, inputs, tokenizer=Known(self.loaded.processor), max_tokens=self.max_tokens, eos=self.eos,
-                            stop=self.stop, **self.choice):
+        for piece in stream(self.loaded.model, self.loaded.params, inputs, **options):
             yield piece[0]
 
     def answers(self, inputs: dict[str, Any]) -> list[str]:
@@ -238,7 +269,8 @@ def chat(answerer: Answerer, *, first_image: str | None = None, system: str | No
          out: TextIO | None = None) -> list[dict[str, Any]]:
     """Talks until /quit or the end of the input; returns the turns.
 
-    A model with a chat template reads the whole conversation; one without (PaliGemma, PaLI) each question alone, about the picture that is shown.
+    A model with a chat template answers to the whole conversation, where a picture belongs to the question after it; one without (PaliGemma, PaLI) to each
+    question alone, about the picture that is shown.
 
     Args:
       first_image: a picture to begin with.
@@ -263,6 +295,8 @@ def chat(answerer: Answerer, *, first_image: str | None = None, system: str | No
                 return turns
             if line == "/reset":
                 messages, image, shown = list(begin), None, None
+                if answerer.session is not None:
+                    answerer.session.clear()
                 print("a new conversation.", file=out)
             elif line.startswith("/image"):
                 path = line.removeprefix("/image").strip().strip("'\"")
@@ -271,27 +305,24 @@ def chat(answerer: Answerer, *, first_image: str | None = None, system: str | No
             elif line.startswith("/"):
                 print(f"{line.split()[0]}: no such command. {HELP}", file=out)
             elif line:
-                answer = _turn(answerer, messages, image, line, out)
-                messages = [*messages, {"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+                question = {"role": "user", "content": line if image is None else [{"type": "image", "image": image}, {"type": "text", "text": line}]}
+                answer = _turn(answerer, messages, image, line, question, out)
+                messages = [*messages, question, {"role": "assistant", "content": answer}]
                 turns.append({"image": shown, "prompt": line, "answer": answer})
+                if answerer.template is not None:
+                    image, shown = None, None
         except (ConfigError, DataError) as error:   # of this question, not of the conversation
             print(f"error: {error}", file=out)
 
 
-def _turn(answerer: Answerer, messages: Sequence[dict[str, Any]], image: Any, question: str, out: TextIO) -> str:
+def _turn(answerer: Answerer, messages: Sequence[dict[str, Any]], image: Any, line: str, question: dict[str, Any], out: TextIO) -> str:
     """Asks and writes the answer as it comes; Ctrl-C ends it. Returns what was said."""
     said: list[str] = []
     try:
         if answerer.template is None:
-            inputs = answerer.inputs(image, question)
+            inputs = answerer.inputs(image, line)
         else:
-            if image is not None:
-                raise ConfigError("this model's conversations are text only; /reset leaves the picture out.")
-            from vlm_jax.data.chat import render
-            tokenizer = answerer.loaded.processor.tokenizer
-            marks = {f"{mark}_token": _name_of(tokenizer, getattr(tokenizer, f"{mark}_id", None)) for mark in ("bos", "eos", "unk", "pad")}
-            text = render(answerer.template, [*messages, {"role": "user", "content": question}], add_generation_prompt=True, **marks)
-            inputs = answerer.inputs(None, text, formatted=True)
+            inputs = conversation_inputs(answerer, [*messages, question])
         for piece in answerer.pieces(inputs):
             print(piece, end="", file=out, flush=True)
             said.append(piece)
@@ -299,6 +330,27 @@ def _turn(answerer: Answerer, messages: Sequence[dict[str, Any]], image: Any, qu
     except KeyboardInterrupt:
         print(" [stopped]", file=out)
     return "".join(said)
+
+
+def conversation_inputs(answerer: Answerer, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The inputs of a conversation, written by the model's chat template.
+
+    Args:
+      messages: [{"role", "content": a text, or parts [{"type": "image", "image": bytes}, {"type": "text", "text": ...}]}, ...].
+    Raises:
+      ConfigError: for pictures where the template or the model knows none, and what the template refuses.
+    """
+    from vlm_jax.data.chat import render, takes_text
+    tokenizer = answerer.loaded.processor.tokenizer
+    marks = {f"{mark}_token": _name_of(tokenizer, getattr(tokenizer, f"{mark}_id", None)) for mark in ("bos", "eos", "unk", "pad")}
+    images = [part["image"] for message in messages if not isinstance(message["content"], str) for part in message["content"] if part["type"] == "image"]
+    if images:
+        answerer.marker()   # or an error, before a text is made of them
+    if images or not takes_text(answerer.template):
+        messages = [message if not isinstance(message["content"], str) else {**message, "content": [{"type": "text", "text": message["content"]}]}
+                    for message in messages]
+    text = render(answerer.template, messages, add_generation_prompt=True, **marks)
+    return answerer.inputs(images or None, text, formatted=True)
 
 
 def _name_of(tokenizer: Any, number: int | None) -> str:

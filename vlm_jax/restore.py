@@ -1,4 +1,5 @@
-"""`vlm_jax.load(folder)`: a trained run, or a directory in the Hugging Face layout, as a model, parameters, preprocessing and config; `vlm_jax.save`."""
+"""`vlm_jax.load(path)`: a trained run, a directory in the Hugging Face layout or big_vision's .npz, as model, parameters, preprocessing and config;
+`vlm_jax.save`."""
 from collections.abc import Mapping, Sequence
 import dataclasses
 import os
@@ -39,23 +40,24 @@ class Loaded:
 
 def load(path: str | os.PathLike, step: int | None = None, *, dtype: str | None = None, mesh: Any = None,
          sharding: Sequence[tuple[str, str]] | None = None) -> Loaded:
-    """Loads a run, or a directory in the Hugging Face layout (config.json with a model_type, safetensors, tokenizer and processor files).
+    """Loads a run, a directory in the Hugging Face layout (config.json with a model_type, safetensors, tokenizer and processor files), or an .npz of
+    big_vision (SigLIP, PaliGemma), which has no processor.
 
     Args:
-      path: the workdir or directory.
+      path: the workdir, directory or file.
       step: of a run; None is the newest checkpoint that verifies.
-      dtype, mesh, sharding: of a directory, see `interop.load_directory`: what its parameters become and where they go.
+      dtype, mesh, sharding: of a directory or file, see `interop.load_directory`: what its parameters become and where they go.
     Raises:
       CheckpointError: if there is nothing to load, or its data is damaged or does not fit.
       ConfigError: for a directory whose config.json cannot be used, or an argument that is for the other kind of folder.
     """
     from vlm_jax.interop.config_reader import is_directory
     path = os.path.expanduser(os.fspath(path))
-    if is_directory(path):
-        from vlm_jax.interop.directory import load_directory
+    if is_directory(path) or path.endswith(".npz"):
+        from vlm_jax.interop.directory import load_directory, load_npz
         if step is not None:
-            raise ConfigError(f"{path}: step {step}: this folder is no run and has no steps; leave step out.")
-        imported = load_directory(path, dtype, mesh, sharding)
+            raise ConfigError(f"{path}: step {step}: this is no run and has no steps; leave step out.")
+        imported = (load_npz if path.endswith(".npz") else load_directory)(path, dtype, mesh, sharding)
         return Loaded(imported.model, imported.params, imported.processor, imported.config, 0, imported.files)
     if dtype is not None or mesh is not None or sharding is not None:
         raise ConfigError(f"{path}: dtype, mesh and sharding are for directories in the Hugging Face layout; a run keeps its own.")

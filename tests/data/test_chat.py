@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("jinja2")
 
 from tests.data.tokenizer_samples import byte_level
-from vlm_jax.data.chat import load_template, render
+from vlm_jax.data.chat import image_text, load_template, render, takes_parts, takes_text
 from vlm_jax.errors import ConfigError, DataError
 
 # Written for these tests in the manner of what is published with the models.
@@ -162,3 +162,24 @@ def test_templates_of_folders(tmp_path):
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": 3}))
     with pytest.raises(DataError, match="not a text"):
         load_template(tmp_path)
+
+
+# Written for these tests in the manner of LLaVA, Qwen2-VL and SmolVLM.
+PICTURES = {
+    "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'].upper() + ': ' }}{% endif %}{% for part in m['content'] | selectattr('type', 'equalto', "
+    "'image') %}{{ '<image>\\n' }}{% endfor %}{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}": (True, False, "<image>\n"),
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{% if "
+    "part.type == 'image' or 'image_url' in part %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}": (True, True, "<|vision_start|><|image_pad|><|vision_end|>"),
+    "{% for m in messages %}{{ m.role | capitalize }}{% if m.content[0].type == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}<image>{% endif %}{% endfor %}\n{% endfor %}": (True, False, "<image>"),
+    TEMPLATES["llama3"]: (True, True, "<|image|>"), TEMPLATES["llama2"]: (False, True, ""), TEMPLATES["chatml"]: (False, True, ""),
+    "{% for m in messages %}{{ raise_exception('no') }}{% endfor %}": (False, False, ""),
+}
+
+
+@pytest.mark.parametrize("template", PICTURES, ids=range(len(PICTURES)))
+def test_what_templates_know_of_pictures_is_found_by_asking_them(template):
+    assert (takes_parts(template), takes_text(template), image_text(template)) == PICTURES[template]

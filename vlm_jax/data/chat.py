@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import functools
 import json
+import os
 from pathlib import Path
 import re
 import sys
@@ -27,6 +28,7 @@ MAX_TEMPLATE = 2 ** 20
 _MAX_NUMBER = 10 ** 6
 _MAX_BITS = 4096
 _LONG_NUMBER = re.compile(r"\d{7}")
+_PROBE = "5ab1e"   # a text that templates do not write themselves
 _GIVEN_WIDTH = re.compile(r"\*|\{[^{}]*\{")
 
 
@@ -111,6 +113,38 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], *, add_generati
         raise ConfigError(f"chat template: {type(error).__name__}; it is broken or malicious: take the template of the model's publisher.") from None
     except Exception as error:     # a template is a program: it may fail in any way
         raise ConfigError(f"chat template: it fails with {type(error).__name__} ({_line(error)}); change the messages or the template.") from None
+
+
+@functools.lru_cache(maxsize=64)
+def takes_parts(template: str) -> bool:
+    """Whether a template reads contents that are lists of parts, [{"type": "text", "text": ...}], as those of models with pictures do."""
+    text = _probed(template, [{"type": "text", "text": _PROBE}])
+    return _PROBE in text and "'type'" not in text    # as Python writes a list that is taken for a text
+
+
+@functools.lru_cache(maxsize=64)
+def takes_text(template: str) -> bool:
+    """Whether a template reads contents that are texts."""
+    return _PROBE in _probed(template, _PROBE)
+
+
+@functools.lru_cache(maxsize=64)
+def image_text(template: str) -> str:
+    """What a template writes for the part {"type": "image"}, such as "<image>"; "" for templates that know no pictures."""
+    text = {"type": "text", "text": _PROBE}
+    without, within = _probed(template, [text]), _probed(template, [{"type": "image"}, text])
+    if not takes_parts(template) or without == within or _PROBE not in within:
+        return ""
+    before, after = without.split(_PROBE)[0], within.split(_PROBE)[0]
+    return after.removeprefix(os.path.commonprefix([before, after]))
+
+
+def _probed(template: str, content: Any) -> str:
+    """A conversation of one message, and nothing where the template refuses it."""
+    try:
+        return render(template, [{"role": "user", "content": content}], add_generation_prompt=True, bos_token="", eos_token="")  # noqa: S106
+    except ConfigError:
+        return ""
 
 
 @functools.lru_cache(maxsize=64)

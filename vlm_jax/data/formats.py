@@ -177,6 +177,34 @@ class Format:
             result["prefix"] = np.full(len(head), self.kind == "prefix_lm")
         return self._with_image(result, image)
 
+    def conversation(self, images: Sequence[np.ndarray], text: str, marker: str) -> dict[str, np.ndarray]:
+        """Returns what a model goes on from where a chat template has written the text, marks and all: as `inputs`, with any number of pictures.
+
+        Args:
+          images: float32 [H, W, 3], in the order in which `marker` stands in the text, each in the place of one.
+        Raises:
+          ConfigError: for a format without pictures in its decoder.
+          DataError: with reason image_tokens_mismatch or token_out_of_vocabulary.
+        """
+        if not self.image_tokens or self._patches or self.encodes:
+            raise ConfigError("this model's conversations are text only; leave the pictures out.")
+        number = self.tokenizer.token_id(marker)
+        if number is None:
+            pieces = [self._encode(part, "conversation") if part else [] for part in text.split(marker)]
+        else:
+            ids = self._encode(text, "conversation")
+            borders = [-1, *(place for place, one in enumerate(ids) if one == number), len(ids)]
+            pieces = [ids[begin + 1:end] for begin, end in zip(borders, borders[1:])]
+        if len(pieces) - 1 != len(images):
+            raise problem("image_tokens_mismatch", f"conversation: {len(pieces) - 1} {marker} markers but {len(images)} images; "
+                                                   "give one image for each marker.")
+        head, slots = list(pieces[0]), [-1] * len(pieces[0])
+        for place, piece in enumerate(pieces[1:]):
+            head += [self.pad_id] * self.image_tokens + piece
+            slots += [*range(place * self.image_tokens, (place + 1) * self.image_tokens), *[-1] * len(piece)]
+        result = {"tokens": np.asarray(head, np.int32), "valid": np.ones(len(head), bool), "prefix": np.full(len(head), self.kind == "prefix_lm")}
+        return {**result, "slots": np.asarray(slots, np.int32), "images": np.stack(images)} if len(images) else result
+
     def batch(self, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Returns several `inputs` as one batch, padded on the right to the longest."""
         if not rows:

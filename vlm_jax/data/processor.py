@@ -143,6 +143,12 @@ class Processor:
         picture = None if image is None else operations.apply(self._image, image)
         return self.format.inputs(picture, prepared(self._text[:-1], prompt))
 
+    def conversation(self, images: Sequence[Any], text: str, marker: str) -> dict[str, np.ndarray]:
+        """Returns the inputs, without a batch axis, of a text that a chat template wrote, `marker` standing in it for each picture (`Format.conversation`)."""
+        if self.format is None or not self._image:
+            raise ConfigError("this model's conversations are text only; leave the pictures out.")
+        return self.format.conversation([operations.apply(self._image, image) for image in images], text, marker)
+
     def prompts(self, images: Sequence[Any] | None, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Returns the inputs of several prompts as one batch, padded on the right to the longest.
 

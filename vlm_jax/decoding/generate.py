@@ -5,10 +5,11 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from vlm_jax.decoding.program import Plan, advance, begin, by_layer, make_plan, on_mesh, read_prompt, whole
+from vlm_jax.decoding.program import Plan, Prefix, advance, begin, by_layer, make_plan, on_mesh, read_prompt, whole
 from vlm_jax.decoding.prompts import batch_size, place, prepare
 from vlm_jax.decoding.sampling import GREEDY, Rules, Sampler, row_keys, row_numbers
 
@@ -47,7 +48,7 @@ def generate(model: Any, params: Any, inputs: Mapping[str, Any], *, max_tokens: 
       seed: of the random draws, which depend on it, on the row's number and on the place of the token alone: not on the batch that the row is in.
       rows: the numbers of the rows; by default 0, 1, ...
       mesh: the devices, where the parameters are spread over several.
-      prefix: a cache to go on from, of one row (shared by all) or of B; it is not changed.
+      prefix: what `prefix_cache` returned, to go on from, of one row (shared by all) or of B; it is not changed.
       cache_length: the most slots that the cache may have.
       buckets: the lengths that prompts are padded to; by default the powers of two from 16.
     Raises:
@@ -61,16 +62,17 @@ def generate(model: Any, params: Any, inputs: Mapping[str, Any], *, max_tokens: 
     return Generated(*map(np.asarray, made))
 
 
-def prefix_cache(model: Any, params: Any, inputs: Mapping[str, Any], *, mesh: jax.sharding.Mesh | None = None, buckets: Sequence[int] | None = None) -> Any:
-    """The cache of prompts that have been read, for the argument `prefix` of `generate` and its like: what many prompts begin with is read once."""
+def prefix_cache(model: Any, params: Any, inputs: Mapping[str, Any], *, mesh: jax.sharding.Mesh | None = None, buckets: Sequence[int] | None = None) -> Prefix:
+    """What many prompts begin with, read once: a `Prefix`, a cache and its tokens, for the argument `prefix` of `generate` and its like."""
     prompts, length = prepare(model, inputs, 1, buckets=buckets)
     with on_mesh(mesh):
         return _prefix(make_plan(model, length, 1, ()), params, place(prompts, mesh))
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _prefix(plan: Plan, params: Any, inputs: Mapping[str, Array]) -> Any:
-    return read_prompt(plan, params, inputs)[1].stacked()
+def _prefix(plan: Plan, params: Any, inputs: Mapping[str, Array]) -> Prefix:
+    tokens = jnp.where(inputs["valid"], inputs["tokens"], -1) if "tokens" in inputs else jnp.full((batch_size(inputs), 1), -1)
+    return Prefix(read_prompt(plan, params, inputs)[1].stacked(), tokens)
 
 
 @functools.partial(jax.jit, static_argnames="plan")

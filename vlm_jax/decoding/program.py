@@ -78,6 +78,32 @@ def by_layer(params: Any) -> Any:
 
 
 @flax.struct.dataclass
+class Prefix:
+    """What prompts go on from: a cache, and the tokens that it holds, which repetition penalties count.
+
+    Attributes:
+      cache: of one row, which all prompts share, or of one for each.
+      tokens: the ids in any order; what is negative is none.
+    """
+    cache: Any
+    tokens: Int[Array, "B S"]
+
+    @property
+    def index(self) -> Int[Array, "B"]:
+        """The slots that each row has filled."""
+        return self.cache.index
+
+    @property
+    def next_position(self) -> Int[Array, "B"]:
+        """The position of each row's next token."""
+        return self.cache.next_position
+
+    def rows(self, index: Int[Array, "B2"]) -> "Prefix":
+        """The rows of these indices."""
+        return Prefix(self.cache.rows(index), jnp.take(self.tokens, index, axis=0))
+
+
+@flax.struct.dataclass
 class State:
     """Decoding between two tokens.
 
@@ -97,16 +123,17 @@ class State:
 
 
 def read_prompt(plan: Plan, params: Any, inputs: Mapping[str, Array], prefix: Any = None) -> tuple[Float[Array, "B V"], Any]:
-    """The logits of what follows each prompt, and the cache that holds it; behind `prefix`, a cache, where one is given."""
+    """The logits of what follows each prompt, and the cache that holds it; behind `prefix`, a `Prefix` or a cache, where one is given."""
     model, layered = plan.model.model, unrolls()
     if prefix is None:
         logits, cache = model.apply({"params": params}, dict(inputs), plan.cache_length, method="start")
         return logits, cache.unstacked() if layered else cache
     tokens, valid = inputs["tokens"], inputs["valid"]
-    cache = grown(prefix, plan.cache_length)
+    cache = grown(prefix.cache if isinstance(prefix, Prefix) else prefix, plan.cache_length)
     if cache.index.shape[0] != tokens.shape[0]:
         cache = cache.rows(jnp.zeros(tokens.shape[0], jnp.int32))
-    logits, cache = model.apply({"params": params}, tokens, cache, valid, method="extend")
+    pictures = {name: inputs[name] for name in ("images", "slots") if inputs.get("images") is not None}
+    logits, cache = model.apply({"params": params}, tokens, cache, valid, **pictures, method="extend")
     last = jnp.where(valid, jnp.arange(tokens.shape[1]), -1).max(1)
     return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], cache.unstacked() if layered else cache
 
@@ -131,11 +158,21 @@ def begin(plan: Plan, params: Any, inputs: Mapping[str, Array], rules: Rules, ke
     if rules.repetition_penalty is not None:
         seen = jnp.zeros((batch, vocabulary), bool)
         if "tokens" in inputs and not _encoder_decoder(plan):
-            seen = seen.at[jnp.arange(batch)[:, None], jnp.where(inputs["valid"], inputs["tokens"], vocabulary)].set(True, mode="drop")
+            seen = _marked(seen, jnp.where(inputs["valid"], inputs["tokens"], -1))
+        if prefix is not None:
+            if not isinstance(prefix, Prefix):
+                raise ConfigError("sampler.repetition_penalty: a bare cache does not say which tokens it holds; give what prefix_cache returns as prefix.")
+            seen = _marked(seen, prefix.tokens)
     state = State(step=jnp.zeros((), jnp.int32), token=jnp.zeros(batch, jnp.int32), finished=jnp.zeros(batch, bool),
                   tokens=jnp.full((batch, plan.max_tokens), PAD, jnp.int32), logprobs=jnp.zeros((batch, plan.max_tokens), jnp.float32),
                   lengths=jnp.zeros(batch, jnp.int32), seen=seen, cache=cache)
     return record(plan, state, logits, rules, keys)
+
+
+def _marked(seen: Bool[Array, "B V"], tokens: Int[Array, "#B T"]) -> Bool[Array, "B V"]:
+    """`seen` with the ids of each row, negative ones left out."""
+    tokens = jnp.broadcast_to(tokens, (seen.shape[0], tokens.shape[1]))
+    return seen.at[jnp.arange(seen.shape[0])[:, None], jnp.where(tokens < 0, seen.shape[1], tokens)].set(True, mode="drop")
 
 
 def _encoder_decoder(plan: Plan) -> bool:

@@ -1,5 +1,5 @@
 """`stream`: text as it comes. The jitted loop runs a few tokens at a time, and between two such runs the host looks at the text."""
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 from typing import Any
 
@@ -17,7 +17,7 @@ from vlm_jax.errors import ConfigError
 def stream(model: Any, params: Any, inputs: Mapping[str, Any], *, tokenizer: Any, max_tokens: int, eos: int | Sequence[int] = (),
            stop: str | Sequence[str] = (), sampler: Sampler = GREEDY, seed: int = 0, rows: Sequence[int] | None = None, chunk: int = 8,
            mesh: jax.sharding.Mesh | None = None, prefix: Any = None, cache_length: int | None = None,
-           buckets: Sequence[int] | None = None) -> Iterator[list[str]]:
+           buckets: Sequence[int] | None = None, on_end: Callable[[State], None] | None = None) -> Iterator[list[str]]:
     """Yields the new text of every row of the batch, a list of B strings (empty where nothing is new), until all rows have ended.
 
     The pieces of a row joined are its answer: whole characters, without end marks, up to and without the first stop string. The tokens are those of
@@ -27,6 +27,7 @@ def stream(model: Any, params: Any, inputs: Mapping[str, Any], *, tokenizer: Any
       tokenizer: has `decode(ids) -> str`.
       stop: strings that end an answer. They are looked for in the text, so that it does not matter how it is cut into tokens.
       chunk: tokens between two looks at the text.
+      on_end: is given the last `program.State` when the text has ended, or when nobody asks for more of it.
       the others: as for `generate`.
     Raises:
       ConfigError: for prompts or settings that do not fit, before the first piece.
@@ -39,11 +40,11 @@ def stream(model: Any, params: Any, inputs: Mapping[str, Any], *, tokenizer: Any
     numbers = row_numbers(rows, batch)
     plan = make_plan(model, length, max_tokens, eos)
     texts = [TextStream(tokenizer, stop) for _ in range(batch)]
-    return _pieces(plan, params, prompts, prefix, sampler.rules(), np.uint32(seed), numbers, texts, chunk, mesh)
+    return _pieces(plan, params, prompts, prefix, sampler.rules(), np.uint32(seed), numbers, texts, chunk, mesh, on_end or (lambda state: None))
 
 
 def _pieces(plan: Plan, params: Any, prompts: Mapping[str, Any], prefix: Any, rules: Rules, seed: Any, numbers: np.ndarray, texts: list[TextStream], chunk: int,
-            mesh: jax.sharding.Mesh | None) -> Iterator[list[str]]:
+            mesh: jax.sharding.Mesh | None, on_end: Callable[[State], None]) -> Iterator[list[str]]:
     numbers = place(numbers, mesh)
     done = 0
     with on_mesh(mesh):
@@ -59,9 +60,17 @@ def _pieces(plan: Plan, params: Any, prompts: Mapping[str, Any], prefix: Any, ru
             new = tokens[row, done:max(done, int(lengths[row]) - ended)]
             pieces.append(text.push(new, last=bool(ends[row]) or over))
         done = int(step)
-        yield pieces
         stopped = np.array([text.stopped for text in texts])
-        if over or (stopped | ends).all():
+        last = over or bool((stopped | ends).all())
+        if last:
+            on_end(state)
+        try:
+            yield pieces
+        except GeneratorExit:
+            if not last:
+                on_end(state)
+            raise
+        if last:
             return
         with on_mesh(mesh):
             state, shown = _continue(plan, params, state, rules, seed, numbers, place(stopped, mesh), np.int32(min(done + chunk, plan.max_tokens)))

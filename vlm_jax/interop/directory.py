@@ -108,8 +108,10 @@ def prefix_of(family: families.Family, model: Any) -> str:
     return family.prefix(model) if callable(family.prefix) else family.prefix
 
 
-def load_npz(path: str | os.PathLike, dtype: str | None = None, compute: str | None = None) -> Imported:
-    """Loads a checkpoint of big_vision (.npz): SigLIP's two towers, or its image tower; sizes are read from the arrays. There is no processor in it.
+def load_npz(path: str | os.PathLike, dtype: str | None = None, mesh: Any = None, sharding: Sequence[tuple[str, str]] | None = None,
+             compute: str | None = None) -> Imported:
+    """Loads a checkpoint of big_vision (.npz): SigLIP's two towers, its image tower, or PaliGemma 1 or 2; sizes are read from the arrays. There is no
+    processor in it. The arguments are those of `load_directory`.
 
     Raises:
       CheckpointError: if the file is damaged or is another model's.
@@ -118,8 +120,10 @@ def load_npz(path: str | os.PathLike, dtype: str | None = None, compute: str | N
     source = NpzFile(path)
     settings = big_vision.to_settings(source)
     model = build(settings, dtype, compute)
-    params = table.read(big_vision.rows(model, big_vision.is_stacked(source)), source, abstract_params(model), dtype=dtype, prefix=big_vision.PREFIX,
-                        renames=big_vision.RENAMES)
+    shapes = abstract_params(model)
+    shardings = parameter_shardings(mesh, shapes, sharding) if mesh is not None else None
+    rows = big_vision.rows(model, big_vision.is_stacked(source), big_vision.is_stacked_language(source))
+    params = table.read(rows, source, shapes, shardings, dtype, prefix=big_vision.PREFIX, renames=big_vision.RENAMES)
     return Imported(model, params, None, {"model": settings}, {})
 
 
@@ -138,6 +142,9 @@ def save_directory(loaded: Any, path: str | os.PathLike, shard_bytes: int = 5_00
     original = loaded.config.get("hf") or {}
     family = families.family(original["model_type"]) if original else families.writer(loaded.config["model"]["name"], loaded.model)
     config = _of_its_type(original, _merged(original, family.to_config(loaded.model)), family)
+    tokenizer = None if loaded.processor is None else loaded.processor.tokenizer
+    if "image_token_index" in config and "image_token_index" not in original and tokenizer is not None and tokenizer.token_id("<image>") is not None:
+        config["image_token_index"] = tokenizer.token_id("<image>")
     tensors = table.write(family.rows(loaded.model), loaded.params)
     if loaded.config.get("bare"):   # the class without a head, whose names have no prefix
         prefix = prefix_of(family, loaded.model)
@@ -153,6 +160,7 @@ def save_directory(loaded: Any, path: str | os.PathLike, shard_bytes: int = 5_00
         files = processors.tokenizer_files(loaded.processor)
         if loaded.processor.to_dict()["image"]:
             files["preprocessor_config.json"] = _json(processors.processor_config(loaded.processor))
+        files[processors.OWN_FILE] = _json(loaded.processor.to_dict())
     try:
         os.makedirs(path, exist_ok=True)
         storage.remove(os.path.join(path, "config.json"))
@@ -178,8 +186,8 @@ def _merged(original: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, An
             result.pop(key, None)
         elif value is families.NULL:
             result[key] = None
-        elif value is families.NULL:
-            result[key] = None
+        elif key == "image_token_index" and key in original:
+            continue   # the tokenizer's to know
         elif key in ("id2label", "label2id") and key in original and len(original[key]) == len(value):
             continue   # the names of classes are not the model's to know
         else:

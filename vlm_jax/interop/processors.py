@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from vlm_jax.data.processor import Processor
-from vlm_jax.data.tokenizers import added_ids, load_tokenizer
+from vlm_jax.data.tokenizers import added_ids, check_vocabulary, load_tokenizer
 from vlm_jax.encoders.text import TextTransformer
 from vlm_jax.errors import CheckpointError, ConfigError
 from vlm_jax.interop.config_reader import MAX_PIXELS, Section, read_config
@@ -23,18 +23,26 @@ DEFAULTS: dict[str, dict[str, Any]] = {   # what the classes of transformers ass
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "vocab.json", "merges.txt", "vocab.txt",
                    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-OTHER_FILES = ("generation_config.json", "chat_template.json", "chat_template.jinja")
+OWN_FILE = "vlm_jax_processor.json"   # of models that were trained here: what the other files cannot express (formats, text operations)
+OTHER_FILES = ("generation_config.json", "chat_template.json", "chat_template.jinja", OWN_FILE)
 _VOCABULARIES = TOKENIZER_FILES[:8]
 PROMPT_ROOM, ANSWER_ROOM, LONGEST = 512, 256, 8192   # tokens that a processor made for a directory leaves for prompts and answers
 
 
 def read_processor(folder: str, model: Any, config: Mapping[str, Any]) -> Processor | None:
-    """The processor of a directory; None where it has neither images' nor texts' files.
+    """The processor of a directory; None where it has neither images' nor texts' files. One that was written from a run has the run's.
 
     Raises:
       ConfigError: for settings that are unknown or do not go with the model.
       DataError: for damaged tokenizer files.
     """
+    own = os.path.join(folder, OWN_FILE)
+    if os.path.isfile(own):
+        processor = Processor.load(own)
+        vocabulary = vocab_size(model)
+        if processor.tokenizer is not None and vocabulary is not None:
+            check_vocabulary(processor.tokenizer, vocabulary, own)
+        return processor
     shapes = model.input_shapes()
     image = image_operations(folder, config) if {"image", "images", "patches"} & set(shapes) else []
     if not ({"tokens", "targets"} & set(shapes)) or not any(os.path.isfile(os.path.join(folder, name)) for name in _VOCABULARIES):

@@ -183,17 +183,20 @@ class Decoder(nn.Module):
         hidden = self._hidden(jnp.take_along_axis(x, last[:, None, None], axis=1))
         return self._logits(hidden)[:, 0], out["cache"]
 
-    def extend(self, tokens: Int[Array, "B T"], cache: Cache, valid: Bool[Array, "B T"] | None = None) -> tuple[Float[Array, "B T V"], Cache]:
+    def extend(self, tokens: Int[Array, "B T"], cache: Cache, valid: Bool[Array, "B T"] | None = None,
+               embeddings: Float[Array, "B T D"] | None = None) -> tuple[Float[Array, "B T V"], Cache]:
         """Reads further tokens of each row.
 
         Args:
           valid: False where a row has no token here; it writes nothing.
+          embeddings: in the place of those of the tokens, see `embed`.
         Returns:
           logits [B, T, V] of what comes after each token, and the cache that holds them too.
         """
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid.astype(bool)
         cache, slots = cache.extend(valid)
-        x = self._positioned(self.embed(tokens), valid, slots.position)
+        x = self.embed(tokens) if embeddings is None else embeddings.astype(self.dtype)
+        x = self._positioned(x, valid, slots.position)
         x, out = self.transformer(x, Visibility(slots.position, slots.key_position), slots.position, cache, slots)
         return self._logits(self._hidden(x)), out["cache"]
 

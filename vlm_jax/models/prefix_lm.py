@@ -4,12 +4,13 @@ Beyer et al., "PaliGemma: A versatile 3B VLM for transfer" (2024), section 3; St
 """
 from collections.abc import Mapping
 
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.language.decoder import Decoder
 from vlm_jax.models.vision_language import VisionLanguage
 from vlm_jax.models.visual_tokens import encode_images, place
+from vlm_jax.nn.cache import Cache
 
 
 class PrefixLM(VisionLanguage):
@@ -28,6 +29,14 @@ class PrefixLM(VisionLanguage):
       ConfigError: for settings that a part does not take, or images without slots.
     """
     language_class = Decoder
+
+    def extend(self, tokens: Int[Array, "B T"], cache: Cache, valid: Bool[Array, "B T"] | None = None, images: Float[Array, "B N H W 3"] | None = None,
+               slots: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T V"], Cache]:
+        """Goes on with tokens of text, or with text and further pictures; see `Decoder.extend`. Their `slots` count from 0 again."""
+        if images is None:
+            return self.language_model.extend(tokens, cache, valid)
+        inputs, _ = self.embedded({"tokens": tokens, "images": images, "slots": slots})
+        return self.language_model.extend(tokens, cache, valid, inputs["embeddings"])
 
     def embedded(self, inputs: Mapping[str, Array], train: bool = False) -> tuple[dict[str, Array], dict[str, Array]]:
         """See `VisionLanguage.embedded`."""

@@ -37,6 +37,11 @@ _TENSOR_RULES = (
     (".*/mlp/(gate|up)/bias", "tensor:-1|-"),
     (".*/mlp/down/kernel", "tensor:-2|-1|-"),
     (r".*\bhead/kernel", "tensor:-1|-2|-"),                  # [width, vocabulary]
+    # An adapter's products split as its kernel's: B of columns by columns, A of rows by rows; the rank stays whole.
+    (".*/(query|key|value|gate|up)/lora/a", "replicate"),
+    (".*/(query|key|value|gate|up)/lora/b", "tensor:-1|-"),
+    (".*/(out|down)/lora/a", "tensor:-2|-"),
+    (".*/(out|down)/lora/b", "replicate"),
 )
 _SMALL_TABLES = (r".*\brelative_bias", "replicate")          # a few numbers a head, read by every layer
 # Entries over `fsdp`: split by width instead, the lookup would hold the tokens of the global batch.

@@ -139,7 +139,7 @@ def merge(params: Any) -> dict:
         dtype = kernel.dtype if scale is None else jnp.float32
         base = kernel.astype(jnp.float32) if scale is None else _dequantized(kernel, scale, shapes[path])
         update = scaling[..., None, None] * jnp.matmul(a, b, precision="highest")
-        table[f"{path}/kernel"] = (base + update.reshape(kernel.shape)).astype(dtype)
+        table[f"{path}/kernel"] = _placed((base + update.reshape(kernel.shape)).astype(dtype), kernel)
     return unflatten(table)
 
 
@@ -175,7 +175,7 @@ def quantize(params: Any, targets: Sequence[str] = (".*",)) -> dict:
         matrix = kernel.astype(jnp.float32).reshape(*shape.layers, shape.rows, shape.columns)
         scale = jnp.max(jnp.abs(matrix), axis=-2, keepdims=True) / LEVELS
         whole = jnp.clip(jnp.round(matrix / jnp.where(scale > 0, scale, 1.0)), -LEVELS, LEVELS).astype(jnp.int8)
-        table[f"{path}/kernel"] = whole.reshape(kernel.shape)
+        table[f"{path}/kernel"] = _placed(whole.reshape(kernel.shape), kernel)
         table[f"{path}/{SCALE}"] = scale.reshape(*shape.layers, *shape.features)
     return unflatten(table)
 
@@ -184,8 +184,15 @@ def dequantize(params: Any, dtype: Any = jnp.float32) -> dict:
     """Returns `params` with int8 kernels as numbers of `dtype` and without their scales."""
     table, shapes = dict(flatten(params)), linears(params)
     for path in quantized(params):
-        table[f"{path}/kernel"] = _dequantized(table[f"{path}/kernel"], table.pop(f"{path}/{SCALE}"), shapes[path]).astype(dtype)
+        kernel = table[f"{path}/kernel"]
+        table[f"{path}/kernel"] = _placed(_dequantized(kernel, table.pop(f"{path}/{SCALE}"), shapes[path]).astype(dtype), kernel)
     return unflatten(table)
+
+
+def _placed(value: Any, kernel: Any) -> Any:
+    """`value` on the devices as the kernel that it replaces, where that is spread over a mesh."""
+    sharding = getattr(kernel, "sharding", None)
+    return jax.device_put(value, sharding) if isinstance(sharding, jax.sharding.NamedSharding) and not isinstance(value, jax.core.Tracer) else value
 
 
 def _dequantized(kernel: Array, scale: Array, shape: LinearShape) -> Array:
