@@ -48,10 +48,10 @@ def test_no_split_names_the_pairs_of_another(name, split):
 
 def true_answers(kind, words, things):
     name = " ".join(words[-2:])
-    if kind == "color":
-        return [thing.color for thing in things if thing.shape == words[-1]]
-    if kind == "shape":
-        return [thing.shape for thing in things if thing.color == words[-1]]
+    if kind in ("color", "shape"):
+        said, place = words[-1], " ".join(words[words.index("at") + 2:]) if "at" in words else None
+        meant = [thing for thing in things if said == "it" or place == thing.place or said == (thing.shape if kind == "color" else thing.color)]
+        return [getattr(thing, kind) for thing in meant]
     if kind == "place":
         return [thing.place for thing in things if thing.name == name]
     return [NUMBERS[len(things)]] if kind == "count" else ["yes" if name in {thing.name for thing in things} else "no"]
@@ -60,7 +60,7 @@ def true_answers(kind, words, things):
 @pytest.mark.parametrize("objects", [1, (1, 3), (2, 4)])
 def test_questions_are_true_and_answers_balanced(objects):
     source = make("shapes_questions", objects=objects, count=2500)
-    counts = defaultdict(Counter)
+    counts, ways = defaultdict(Counter), Counter()
     for i in range(2500):
         things, question, answer = source.scenes.scene(i), source.prompt_at(i), source.texts_at(i)[0]
         words = question.rstrip("?").split()
@@ -68,6 +68,8 @@ def test_questions_are_true_and_answers_balanced(objects):
         right = true_answers(kind, words, things)
         assert right == [answer], (question, things)
         counts[kind][answer] += 1
+        ways["it" if words[-1] == "it" else "place" if "at" in words else "name"] += kind in ("color", "shape")
+    assert min(ways[way] for way in (("it", "name") if objects == 1 else ("place", "name"))) > 100 and (objects != 1 or not ways["place"])
     assert set(counts) == set(QUESTIONS)
     for kind, found in counts.items():
         assert set(found) <= set(answers()[kind])

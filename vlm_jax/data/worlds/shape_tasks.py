@@ -4,7 +4,8 @@
     source[0] -> {"image": ..., "prompt": "what color is the star?", "texts": ["blue"], "task": "color", ...}
 
 The scenes are those of `shapes_source`. Training names no held-out pair, neither in pictures nor in prompts nor in answers, and what a question asks
-about is drawn so that each answer of its kind is about equally frequent.
+about is drawn so that each answer of its kind is about equally frequent. Colours and shapes are asked for by the other of the two, and by place or "it":
+a model that met them by name only would learn which never go together.
 """
 from collections.abc import Sequence
 from typing import Any
@@ -113,12 +114,12 @@ class QuestionsSource(ShapeTaskSource):
         raise AssertionError("every scene can be asked what exists")
 
     def _color(self, things: Sequence[Thing], rng: np.random.Generator) -> tuple[str, str] | None:
-        thing = _drawn([thing for thing in things if sum(other.shape == thing.shape for other in things) == 1], rng)
-        return None if thing is None else (f"what color is the {thing.shape}?", thing.color)
+        asked = [(f"what color is {where}?", thing.color) for thing in things for where in _expressions(things, thing, "color")]
+        return _drawn(asked, rng)
 
     def _shape(self, things: Sequence[Thing], rng: np.random.Generator) -> tuple[str, str] | None:
-        thing = _drawn([thing for thing in things if sum(other.color == thing.color for other in things) == 1], rng)
-        return None if thing is None else (f"what shape is {thing.color}?", thing.shape)
+        asked = [(f"what shape is {where}?", thing.shape) for thing in things for where in _expressions(things, thing, "shape")]
+        return _drawn(asked, rng)
 
     def _count(self, things: Sequence[Thing], rng: np.random.Generator) -> tuple[str, str]:
         return "how many shapes are there?", NUMBERS[len(things)]
@@ -190,7 +191,22 @@ def _phrases(things: Sequence[Thing], number: int) -> list[str]:
     return phrases
 
 
-def _drawn(things: Sequence[Thing], rng: np.random.Generator) -> Thing | None:
+def _expressions(things: Sequence[Thing], thing: Thing, asked: str) -> list[str]:
+    """Returns expressions that are true of one thing alone and do not say what is `asked`, its "color" or "shape": by the other of the two, and by place."""
+    others = [other for other in things if other is not thing]
+    found = []
+    if asked == "color" and all(other.shape != thing.shape for other in others):
+        found.append(f"the {thing.shape}")
+    if asked == "shape" and all(other.color != thing.color for other in others):
+        found.append(thing.color)
+    if not others:
+        found.append("it")
+    elif all(other.place != thing.place for other in others):
+        found.append(f"the shape at the {thing.place}" if asked == "color" else f"at the {thing.place}")
+    return found
+
+
+def _drawn(things: Sequence[Any], rng: np.random.Generator) -> Any | None:
     return things[int(rng.integers(len(things)))] if things else None
 
 
