@@ -202,7 +202,7 @@ def _expressions(things: Sequence[Thing], thing: Thing, asked: str) -> list[str]
     if not others:
         found.append("it")
     elif all(other.place != thing.place for other in others):
-        found.append(f"the shape at the {thing.place}" if asked == "color" else f"at the {thing.place}")
+        found.append(f"at the {thing.place}")
     return found
 
 
