@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from vlm_jax.errors import ConfigError
 from vlm_jax.nn import Dropout, LayerNorm, Linear, Stack, TransformerBlock
 from vlm_jax.nn.initializers import initializer
+from vlm_jax.nn.precision import wide
 from vlm_jax.sharding.activations import constrain
 
 MAX_ROWS = 4096   # of the two tables; the released Pix2Struct models
@@ -35,10 +36,10 @@ class PatchEmbedding(nn.Module):
             raise ConfigError(f"patches have shape {patches.shape}; the model takes [batch, patches, 2 + {pixels}], patches of {self.patch_size} pixels: "
                               "change flexible_patches.patch_size or model.image.patch_size.")
         options = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        x = Linear(self.width, kernel_init="lecun_normal", name="patch_embedding", **options)(patches[..., 2:])
+        x = Linear(self.width, kernel_init="lecun_normal", out_dtype=wide(self.dtype), name="patch_embedding", **options)(patches[..., 2:])
         for axis, name in enumerate(("row_embedding", "column_embedding")):
             table = self.param(name, initializer(self.width ** -0.5), (self.max_rows, self.width), jnp.dtype(self.param_dtype))
-            x = x + jnp.take(table, patches[..., axis].astype(jnp.int32), axis=0, mode="clip").astype(x.dtype)
+            x = x + jnp.take(table, patches[..., axis].astype(jnp.int32), axis=0, mode="clip").astype(self.dtype).astype(x.dtype)
         return constrain(x, "batch", "sequence", "embed")
 
 
@@ -90,5 +91,5 @@ class FlexibleVit(nn.Module):
         block = partial(TransformerBlock, self.num_heads, self.mlp_dim, self.activation, norm_eps=self.norm_eps, dropout=self.dropout,
                         softmax_dtype=self.softmax_dtype, **options)
         x, out["blocks"] = Stack(block, self.depth, self.scan, self.remat, name="blocks")(x, filled(patches)[:, None, None], train=train)
-        out["tokens"] = x = LayerNorm(self.norm_eps, name="norm", **options)(x)
+        out["tokens"] = x = LayerNorm(self.norm_eps, name="norm", dtype=wide(self.dtype), param_dtype=self.param_dtype)(x)
         return x, out

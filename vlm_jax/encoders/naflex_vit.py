@@ -15,6 +15,7 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.nn import AttentionPooling, Dropout, LayerNorm, Linear, Stack, TransformerBlock
 from vlm_jax.nn.initializers import initializer
 from vlm_jax.nn.positions import triangle_weights
+from vlm_jax.nn.precision import wide
 from vlm_jax.sharding.activations import constrain
 
 POOLINGS = ("map", "gap", "none")
@@ -71,9 +72,10 @@ class NaflexVit(nn.Module):
     def __call__(self, patches: Float[Array, "B P 2+K"], train: bool = False) -> tuple[Float[Array, "B D"], dict[str, Array]]:
         self._check(patches.shape)
         options = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        unrounded = dict(options, out_dtype=wide(self.dtype))
         out = {}
         pixels = patches[..., 2:].reshape(*patches.shape[:2], self.patch_size, self.patch_size, self.channels)
-        x = Linear(self.width, contract=3, kernel_init="lecun_normal", name="patch_embedding", **options)(pixels)
+        x = Linear(self.width, contract=3, kernel_init="lecun_normal", name="patch_embedding", **unrounded)(pixels)
         out["stem"] = x = constrain(x, "batch", "sequence", "embed")
         x = x + self._positions(patches[..., :2].astype(jnp.int32)).astype(x.dtype)
         out["positions"] = x = Dropout(self.dropout)(x, train)
@@ -82,7 +84,7 @@ class NaflexVit(nn.Module):
         block = partial(TransformerBlock, self.num_heads, self.mlp_dim, self.activation, norm_eps=self.norm_eps, dropout=self.dropout,
                         softmax_dtype=self.softmax_dtype, **options)
         x, out["blocks"] = Stack(block, self.depth, self.scan, self.remat, name="blocks")(x, there[:, None, None], train=train)
-        out["tokens"] = x = LayerNorm(self.norm_eps, name="norm", **options)(x)
+        out["tokens"] = x = LayerNorm(self.norm_eps, name="norm", dtype=wide(self.dtype), param_dtype=self.param_dtype)(x)
         if self.pool == "map":
             x = AttentionPooling(self.num_heads, self.mlp_dim, self.activation, self.norm_eps, softmax_dtype=self.softmax_dtype, name="pooling",
                                  **options)(x, there[:, None, None])
@@ -91,7 +93,7 @@ class NaflexVit(nn.Module):
             x = (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
         out["pooled"] = x
         if self.projection is not None:
-            x = Linear(self.embed_dim, use_bias=self.projection != "linear_no_bias", kernel_init=self.width ** -0.5, name="projection", **options)(x)
+            x = Linear(self.embed_dim, use_bias=self.projection != "linear_no_bias", kernel_init=self.width ** -0.5, name="projection", **unrounded)(x)
             x = jnp.tanh(x) if self.projection == "linear_tanh" else x
         return x, out
 

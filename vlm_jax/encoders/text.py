@@ -13,6 +13,7 @@ from vlm_jax.encoders.vit import check_projection
 from vlm_jax.errors import ConfigError
 from vlm_jax.nn import BlockInit, Dropout, LayerNorm, Linear, Stack, TransformerBlock, pool
 from vlm_jax.nn.initializers import initializer
+from vlm_jax.nn.precision import wide
 from vlm_jax.sharding.activations import constrain
 
 POOLS = ("last", "eot", "eot_or_first", "argmax", "gap", "none")
@@ -76,20 +77,21 @@ class TextTransformer(nn.Module):
 
         std = self.width ** -0.5
         table = self.param("token_embedding", initializer(0.02 if clip else std), (self.vocab_size, self.width), jnp.dtype(self.param_dtype))
-        x = jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.dtype)
+        x = jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.dtype).astype(wide(self.dtype))
         positions = self.param("position_embedding", initializer(0.01 if clip else std), (self.length, self.width), jnp.dtype(self.param_dtype))
-        x = x + positions[:tokens.shape[1]].astype(x.dtype)
+        x = x + positions[:tokens.shape[1]].astype(self.dtype).astype(x.dtype)
         out["positions"] = x = constrain(Dropout(self.dropout)(x, train), "batch", "sequence", "embed")
 
         block = partial(TransformerBlock, self.num_heads, self.mlp_dim, self.activation, causal=self.causal, norm_eps=self.norm_eps,
                         dropout=self.dropout, kernel_init=clip_init(self.width, self.depth) if clip else BlockInit(),
                         softmax_dtype=self.softmax_dtype, **options)
         x, out["blocks"] = Stack(block, self.depth, self.scan, self.remat, name="blocks")(x, train=train)
-        out["tokens"] = x = LayerNorm(self.norm_eps, name="norm", **options)(x)
+        out["tokens"] = x = LayerNorm(self.norm_eps, name="norm", dtype=wide(self.dtype), param_dtype=self.param_dtype)(x)
         out["pooled"] = x = pool(x, self.pool, tokens=tokens, eot_id=self.eot_id)
         if self.projection is not None:
             kernel_init = self.width ** -0.5 if clip else "lecun_normal"
-            x = Linear(self.embed_dim, use_bias=self.projection != "linear_no_bias", kernel_init=kernel_init, name="projection", **options)(x)
+            x = Linear(self.embed_dim, use_bias=self.projection != "linear_no_bias", kernel_init=kernel_init, out_dtype=wide(self.dtype),
+                       name="projection", **options)(x)
             x = jnp.tanh(x) if self.projection == "linear_tanh" else x
         return x, out
 

@@ -13,6 +13,7 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.nn import AttentionPooling, Dropout, LayerNorm, Linear, PatchDropout, Stack, TransformerBlock, pool, resample_positions, sincos2d
 from vlm_jax.nn.initializers import initializer
 from vlm_jax.nn.pooling import POOLINGS
+from vlm_jax.nn.precision import wide
 from vlm_jax.sharding.activations import constrain
 
 POSITIONS = ("learned", "sincos2d")
@@ -38,7 +39,7 @@ class Vit(nn.Module):
       scan, remat: see `nn.Stack`.
 
     Returns:
-      the pooled embedding [B, D] ([B, N, D] for "none") and {"stem": patches [B, N, D], "positions": tokens with positions, "blocks":
+      the pooled embedding [B, D] ([B, N, D] for "none"), float32 as all sums are, and {"stem": patches [B, N, D], "positions": tokens with positions, "blocks":
       {name: [L, B, T, D]}, "tokens": normalised tokens [B, N, D] without the class token, "pooled": before the projection}.
     Raises:
       ConfigError: for settings that do not fit each other, or an image smaller than one patch.
@@ -85,29 +86,30 @@ class Vit(nn.Module):
     def __call__(self, image: Float[Array, "B H W C"], train: bool = False) -> tuple[Float[Array, "B D"], dict[str, Array]]:
         self._check(image.shape)
         options = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        unrounded = dict(options, out_dtype=wide(self.dtype))
         out = {}
 
         patches = extract_patches(image.astype(self.dtype), self.patch_size)
         batch, *grid = patches.shape[:3]
         patches = patches.reshape(batch, -1, *patches.shape[3:])
-        x = Linear(self.width, contract=3, use_bias=self.patch_bias, kernel_init="lecun_normal", name="patch_embedding", **options)(patches)
+        x = Linear(self.width, contract=3, use_bias=self.patch_bias, kernel_init="lecun_normal", name="patch_embedding", **unrounded)(patches)
         out["stem"] = x = constrain(x, "batch", "sequence", "embed")
 
         class_tokens = 1 if self.pool == "cls" else 0
         if class_tokens:
             init = initializer(self.width ** -0.5 if self.norm_before else "zeros")   # CLIP draws it, ViT starts it at 0
             token = self.param("class_token", init, (1, self.width), jnp.dtype(self.param_dtype))
-            x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (batch, 1, self.width)), x], axis=1)
-        x = x + self._positions(tuple(grid), class_tokens).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype).astype(x.dtype), (batch, 1, self.width)), x], axis=1)
+        x = x + self._positions(tuple(grid), class_tokens)
         out["positions"] = x = Dropout(self.dropout)(x, train)
         x = PatchDropout(self.patch_dropout, keep_first=class_tokens)(x, train)
 
         if self.norm_before:
-            x = LayerNorm(self.norm_eps, name="norm_before", **options)(x)
+            x = LayerNorm(self.norm_eps, name="norm_before", dtype=wide(self.dtype), param_dtype=self.param_dtype)(x)
         block = partial(TransformerBlock, self.num_heads, self.mlp_dim, self.activation, norm_eps=self.norm_eps, dropout=self.dropout,
                         softmax_dtype=self.softmax_dtype, **options)
         x, out["blocks"] = Stack(block, self.depth, self.scan, self.remat, name="blocks")(x, train=train)
-        x = LayerNorm(self.norm_eps, name="norm", **options)(x)
+        x = LayerNorm(self.norm_eps, name="norm", dtype=wide(self.dtype), param_dtype=self.param_dtype)(x)
         out["tokens"] = x[:, class_tokens:]
 
         if self.pool == "map":
@@ -117,7 +119,7 @@ class Vit(nn.Module):
             x = pool(x, self.pool)
         out["pooled"] = x
         if self.projection is not None:
-            x = Linear(self.embed_dim, use_bias=self.projection != "linear_no_bias", kernel_init=self.width ** -0.5, name="projection", **options)(x)
+            x = Linear(self.embed_dim, use_bias=self.projection != "linear_no_bias", kernel_init=self.width ** -0.5, name="projection", **unrounded)(x)
             x = jnp.tanh(x) if self.projection == "linear_tanh" else x
         return x, out
 
@@ -127,7 +129,7 @@ class Vit(nn.Module):
         made_for = self.grid()
         shape = (class_tokens + made_for[0] * made_for[1], self.width)
         table = self.param("position_embedding", initializer(self.width ** -0.5), shape, jnp.dtype(self.param_dtype))
-        return resample_positions(table, made_for, grid, keep_first=class_tokens, method=self.resample)
+        return resample_positions(table.astype(self.dtype).astype(wide(self.dtype)), made_for, grid, keep_first=class_tokens, method=self.resample)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 4 or shape[3] != self.channels:

@@ -10,6 +10,7 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.language.embeddings import Head, clean, look_up, read_inputs, visibility_of
 from vlm_jax.language.transformer import BlockSettings, Transformer
 from vlm_jax.nn import ACTIVATIONS, Dropout, Linear, initializer, norm
+from vlm_jax.nn.precision import wide
 from vlm_jax.settings import choose
 from vlm_jax.sharding.activations import constrain
 
@@ -70,6 +71,7 @@ class Bert(nn.Module):
           ConfigError: for inputs that do not fit the model or each other.
         """
         options = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        unrounded = dict(options, out_dtype=wide(self.dtype))
         valid, order = read_inputs(inputs, INPUTS, "Bert", self.width)
         length = valid.shape[1]
         places = inputs.get("positions")
@@ -82,11 +84,11 @@ class Bert(nn.Module):
 
         tokens = table("token_embedding", self.vocab_size)
         x = inputs.get("embeddings")
-        x = look_up(tokens, inputs["tokens"], self.dtype) if x is None else x.astype(self.dtype)
+        x = look_up(tokens, inputs["tokens"], self.dtype) if x is None else x.astype(wide(self.dtype))
         types = inputs.get("types")
         x = x + look_up(table("type_embedding", self.type_vocab_size), jnp.zeros_like(places) if types is None else types, self.dtype)
         x = clean(x + look_up(table("position_embedding", self.max_positions), places, self.dtype), valid)
-        x = norm("layer", self.norm_eps, name="norm_embedding", **options)(x)
+        x = norm("layer", self.norm_eps, name="norm_embedding", dtype=wide(self.dtype), param_dtype=self.param_dtype)(x)
         x = constrain(Dropout(self.dropout)(x, train), "batch", "sequence", "embed")
 
         transformer = Transformer(self.block_settings(), self.depth, final_norm=False, scan=self.scan, remat=self.remat)
@@ -94,10 +96,10 @@ class Bert(nn.Module):
         x, blocks = transformer(x, visibility_of(order, inputs, causal=False), order, train=train)
         out = {"hidden": x, "blocks": blocks["blocks"]}
         if self.pooler:
-            out["pooled"] = jnp.tanh(Linear(self.width, kernel_init=STD, name="pooler", **options)(x[:, 0]))
+            out["pooled"] = jnp.tanh(Linear(self.width, kernel_init=STD, name="pooler", **unrounded)(x[:, 0]))
         if not self.mlm_head:
             return x, out
-        x = choose(ACTIVATIONS, self.activation, "activation")(Linear(self.width, kernel_init=STD, name="mlm_dense", **options)(x))
+        x = choose(ACTIVATIONS, self.activation, "activation")(Linear(self.width, kernel_init=STD, name="mlm_dense", **unrounded)(x))
         out["scored"] = x = norm("layer", self.norm_eps, name="mlm_norm", **options)(x)
         return Head(self.vocab_size, True, name="head", **options)(x, tokens), out
 

@@ -18,6 +18,7 @@ from vlm_jax.language.transformer import BlockSettings, Transformer, check_rope
 from vlm_jax.nn import Dropout, Linear, initializer
 from vlm_jax.nn.cache import Cache
 from vlm_jax.nn.linear import effective
+from vlm_jax.nn.precision import wide
 from vlm_jax.nn.visibility import Visibility
 from vlm_jax.settings import choose
 from vlm_jax.sharding.activations import constrain
@@ -110,7 +111,7 @@ class Decoder(nn.Module):
             rows = self.max_positions + self.position_offset
             self.position_embedding = self.param("position_embedding", initializer(0.02), (rows, self.width), jnp.dtype(self.param_dtype))
         if width != self.width:
-            self.project_in = Linear(self.width, use_bias=False, kernel_init="lecun_normal", **options)
+            self.project_in = Linear(self.width, use_bias=False, kernel_init="lecun_normal", out_dtype=wide(self.dtype), **options)
             self.project_out = Linear(width, use_bias=False, kernel_init="lecun_normal", **options)
         self.output_head = Head(self.vocab_size, "head" in self.biases, self.logits_soft_cap, name="head", **options)
         self.embedding_dropout = Dropout(self.dropout)
@@ -216,7 +217,7 @@ class Decoder(nn.Module):
         if self.positions == "learned" and inputs.get("positions") is None and valid.shape[1] > self.max_positions and "valid" not in inputs:
             raise ConfigError(f"Decoder: {valid.shape[1]} tokens, but the model has {self.max_positions} positions; shorten the text.")
         x = inputs.get("embeddings")
-        x = self.embed(inputs["tokens"]) if x is None else x.astype(self.dtype)
+        x = self.embed(inputs["tokens"]) if x is None else x.astype(wide(self.dtype))
         return self.embedding_dropout(self._positioned(x, valid, positions), train), valid, positions
 
     def _positioned(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -225,7 +226,7 @@ class Decoder(nn.Module):
         return clean(x, valid)
 
     def _hidden(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
-        return x if self.embed_dim in (None, self.width) else self.project_out(x)
+        return x.astype(self.dtype) if self.embed_dim in (None, self.width) else self.project_out(x)
 
     def _logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
         return self.output_head(hidden, self.token_embedding if self.tied else None)

@@ -9,14 +9,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.errors import ConfigError, did_you_mean
 from vlm_jax.nn.linear import Linear
+from vlm_jax.nn.precision import wide
 from vlm_jax.nn.visibility import Visibility
 from vlm_jax.sharding.activations import constrain
 
 
 def look_up(table: Float[Array, "V D"], ids: Int[Array, "..."], dtype: str) -> Float[Array, "... D"]:
-    """Rows of a table in `dtype`; an id that the table does not have gives NaN, never another id's row."""
+    """Rows of a table, rounded to `dtype` as kernels are, in the dtype of sums (`nn.precision.wide`); an id that the table does not have gives NaN, never
+    another id's row."""
     ids = jnp.where(ids < 0, table.shape[0], ids)   # a negative index would count from the end
-    return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype)
+    return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype).astype(wide(dtype))
 
 
 def token_positions(valid: Bool[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None,

@@ -16,6 +16,7 @@ from vlm_jax.language.transformer import BlockSettings, Transformer, relative_se
 from vlm_jax.nn import Dropout, initializer
 from vlm_jax.nn.cache import Cache
 from vlm_jax.nn.linear import effective
+from vlm_jax.nn.precision import wide
 from vlm_jax.nn.visibility import Visibility, positions_of
 from vlm_jax.settings import call
 from vlm_jax.sharding.activations import constrain
@@ -125,10 +126,10 @@ class EncoderDecoder(nn.Module):
         """Runs the encoder; returns (its states, which of them are valid), and the intermediates of its blocks."""
         valid, positions = read_inputs(inputs, INPUTS, "EncoderDecoder", self.width)
         x = inputs.get("embeddings")
-        x = self.embed(inputs["tokens"]) if x is None else x.astype(self.dtype)
+        x = self.embed(inputs["tokens"]) if x is None else x.astype(wide(self.dtype))
         x = self.embedding_dropout(clean(x, valid), train)
         x, out = self.encoder(x, visibility_of(positions, causal=False), positions, train=train)
-        return (self.embedding_dropout(x, train), valid), out["blocks"]
+        return (self.embedding_dropout(x, train).astype(self.dtype), valid), out["blocks"]
 
     def start(self, inputs: Mapping[str, Array], cache_length: int) -> tuple[Float[Array, "B V"], Cache]:
         """Encodes, and decodes the start token.
@@ -167,7 +168,8 @@ class EncoderDecoder(nn.Module):
 
     def _hidden(self, x: Float[Array, "B T D"], train: bool = False) -> Float[Array, "B T D"]:
         x = self.embedding_dropout(x, train)
-        return x if self.head_scale is None else x * jnp.asarray(self.head_scale, x.dtype)
+        x = x if self.head_scale is None else x * jnp.asarray(self.head_scale, x.dtype)
+        return x.astype(self.dtype)
 
     def _logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return self.output_head(hidden, self.token_embedding if self.tied else None)

@@ -20,6 +20,8 @@ from vlm_jax.nn import ACTIVATIONS, NORMS, Dropout, Linear, Mlp, Stack, attentio
 from vlm_jax.nn.attention import head_size, in_blocks, split_heads
 from vlm_jax.nn.biases import RelativeBias, alibi, alibi_slopes
 from vlm_jax.nn.cache import Cache, Slots
+from vlm_jax.nn.linear import added_dtype
+from vlm_jax.nn.precision import wide
 from vlm_jax.nn.rotary import apply_rotary, check_rotary, rotary
 from vlm_jax.nn.visibility import Visibility
 from vlm_jax.settings import call, choose
@@ -134,11 +136,13 @@ class LanguageAttention(nn.Module):
             return y if s.clip_qkv is None else jnp.clip(y, -s.clip_qkv, s.clip_qkv)
 
         def finished(name: str, y: Array) -> Array:
-            y = y if s.qk_norm is None else norm(s.qk_norm, s.norm_eps, name=name, **s.options)(y)
-            return checkpoint_name(y if rotation is None else apply_rotary(y, *rotation), "qkv")
+            # Rounded once, after norm, rotation and factor.
+            y = y if s.qk_norm is None else norm(s.qk_norm, s.norm_eps, dtype=wide(s.dtype), param_dtype=s.param_dtype, name=name)(y)
+            y = y if rotation is None else apply_rotary(y, *rotation)
+            return checkpoint_name(y.astype(s.dtype), "qkv")
 
         query = finished("query_norm", project("query", s.num_heads, x, "sequence"))
-        query = query if factor is None else query * factor.astype(query.dtype)
+        query = query if factor is None else (query.astype(wide(s.dtype)) * factor).astype(s.dtype)
         if known is None:
             of = x if source is None else source
             known = finished("key_norm", project("key", s.groups, of, "keys")), checkpoint_name(project("value", s.groups, of, "keys"), "qkv")
@@ -146,7 +150,8 @@ class LanguageAttention(nn.Module):
         mixed = attention(query, *known, visibility=visibility, bias=bias, soft_cap=s.attention_soft_cap, scale=s.scale, softmax_dtype=s.softmax_dtype)
         mixed = constrain(mixed, "batch", "sequence", "heads", "head_dim")
         std = (2 * s.depth * s.num_heads * s.head_size) ** -0.5
-        return Linear(s.width, contract=2, use_bias="out" in s.biases, kernel_init=std, name="out", **s.options)(mixed), known
+        return Linear(s.width, contract=2, use_bias="out" in s.biases, kernel_init=std, out_dtype=added_dtype(s.dtype, "heads"), name="out",
+                      **s.options)(mixed), known
 
 
 class LanguageBlock(nn.Module):
@@ -168,8 +173,8 @@ class LanguageBlock(nn.Module):
         s, own, cache = self.settings, per_layer or {}, [state]
         drop = Dropout(s.dropout)
 
-        def normalise(name: str, x: Array) -> Array:
-            return norm(s.norm, s.norm_eps, name=name, **s.options)(x)
+        def normalise(name: str, x: Array, dtype: str = s.dtype) -> Array:
+            return norm(s.norm, s.norm_eps, dtype=dtype, param_dtype=s.param_dtype, name=name)(x)
 
         def write(key: Array, value: Array) -> tuple[Array, Array]:
             cache[0], key, value = cache[0].write(layer, key, value, shared["slots"])
@@ -193,7 +198,7 @@ class LanguageBlock(nn.Module):
                        up_init=s.width ** -0.5, down_init=(2 * s.depth * s.mlp_dim) ** -0.5, bias_init="zeros", name="mlp", **s.options)(h, train)
 
         def add(x: Array, *added: Array) -> Array:
-            return constrain(sum(added, x), "batch", "sequence", "embed")
+            return constrain(sum(added, x).astype(x.dtype), "batch", "sequence", "embed")
 
         out: dict[str, Array] = {}
         if s.parallel:
@@ -207,10 +212,10 @@ class LanguageBlock(nn.Module):
 
         def step(x: Array, name: str, what: str, function: Callable[[Array], Array]) -> Array:
             added = function(normalise(name, x) if before else x)
-            added = drop(normalise(f"{name}_out", added) if after else added, train)
+            added = drop(normalise(f"{name}_out", added, wide(s.dtype)) if after else added, train)
             out[what] = added
             x = add(x, added)
-            return x if before else normalise(name, x)
+            return x if before else normalise(name, x, x.dtype.name)
 
         x = step(x, "norm_attention", "attention", attend)
         if s.cross:
@@ -263,7 +268,7 @@ class Transformer(nn.Module):
           encoded: states of an encoder and which are valid; with a cache that has its keys and values, None.
           train: whether dropout is active.
         Returns:
-          x, and {"blocks": {name: [L, ...]}, "cache": the cache, where one is given}.
+          x, float32 whatever the products are, and {"blocks": {name: [L, ...]}, "cache": the cache, where one is given}.
         """
         s = self.settings
         local = self.window_pattern()
@@ -281,12 +286,13 @@ class Transformer(nn.Module):
             shared |= {"encoded": None if encoded is None else encoded[0], "cross": Visibility(positions, jnp.where(valid, 0, -1), causal=False)}
         if slots is not None:
             shared["slots"] = slots
+        x = x.astype(wide(s.dtype))   # the stream: what blocks add is not rounded
         stack = Stack(partial(LanguageBlock, s), self.depth, self.scan, self.remat, name="blocks")
         layered = cache is not None and isinstance(cache.key, tuple)
         state = cache.stacked() if layered and self.scan else cache
         x, blocks, *after = stack(x, shared, per_layer=per_layer or None, state=state, train=train)
         if self.final_norm:
-            x = norm(s.norm, s.norm_eps, name="norm", **s.options)(x)
+            x = norm(s.norm, s.norm_eps, dtype=wide(s.dtype), param_dtype=s.param_dtype, name="norm")(x)
         out = {"blocks": blocks}
         if cache is not None:
             cache = after[0].unstacked() if layered else after[0]

@@ -12,6 +12,7 @@ from vlm_jax.encoders.variants import variant
 from vlm_jax.encoders.vit import Vit
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.nn import Linear
+from vlm_jax.nn.precision import wide
 from vlm_jax.settings import call, choose
 from vlm_jax.sharding.activations import constrain
 
@@ -39,7 +40,7 @@ def image_tower(model: nn.Module, patching: str = "grid", **given: Any) -> nn.Mo
 
 def projection_linear(width: int, model: nn.Module, name: str) -> nn.Module:
     """One linear map from the width of the tower to that of the language model: PaLI-X, PaLI-3, PaliGemma."""
-    return Linear(width, kernel_init="lecun_normal", dtype=model.dtype, param_dtype=model.param_dtype, name=name)
+    return Linear(width, kernel_init="lecun_normal", dtype=model.dtype, param_dtype=model.param_dtype, out_dtype=wide(model.dtype), name=name)
 
 
 PROJECTIONS = {"linear": projection_linear}

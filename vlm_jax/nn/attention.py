@@ -14,7 +14,7 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.nn import kernels
 from vlm_jax.nn.biases import RelativeBias
 from vlm_jax.nn.blockwise import Masks, attend_in_blocks, capped, exponentials, product, regroup, sum_to
-from vlm_jax.nn.linear import Linear
+from vlm_jax.nn.linear import Linear, added_dtype
 from vlm_jax.nn.visibility import Visibility
 from vlm_jax.sharding.activations import constrain, is_split
 
@@ -176,7 +176,7 @@ class SelfAttention(nn.Module):
                              for name, tokens in (("query", "sequence"), ("key", "keys"), ("value", "keys")))
         mixed = attention(query, key, value, causal=self.causal, mask=mask, softmax_dtype=self.softmax_dtype)
         mixed = constrain(mixed, "batch", "sequence", "heads", "head_dim")
-        return Linear(width, contract=2, kernel_init=self.out_init, name="out", **options)(mixed)
+        return Linear(width, contract=2, kernel_init=self.out_init, out_dtype=added_dtype(self.dtype, "heads"), name="out", **options)(mixed)
 
 
 def split_heads(x: Float[Array, "B T H K"], tokens: str) -> Float[Array, "B T H K"]:

@@ -26,7 +26,8 @@ class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); dropout after both and inside the MLP.
 
     Returns:
-      x [B, T, D] and {"attention": what attention added, "mlp": what the MLP added}.
+      x [B, T, D] in the dtype in which it came (towers give float32, so that sums are not rounded), and {"attention": what attention added, "mlp": what the
+      MLP added}.
     """
     num_heads: int
     mlp_dim: int
@@ -46,9 +47,9 @@ class TransformerBlock(nn.Module):
         h = LayerNorm(self.norm_eps, name="norm_attention", **options)(x)
         attention = SelfAttention(self.num_heads, self.causal, init.qkv, init.out, softmax_dtype=self.softmax_dtype, name="attention", **options)
         attended = Dropout(self.dropout)(checkpoint_name(attention(h, mask), "attended"), train)
-        x = constrain(x + attended, "batch", "sequence", "embed")
+        x = constrain((x + attended).astype(x.dtype), "batch", "sequence", "embed")
         h = LayerNorm(self.norm_eps, name="norm_mlp", **options)(x)
         mlp = Mlp(self.mlp_dim, self.activation, self.dropout, init.up, init.down, init.mlp_bias, name="mlp", **options)
         added = Dropout(self.dropout)(mlp(h, train), train)
-        x = constrain(x + added, "batch", "sequence", "embed")
+        x = constrain((x + added).astype(x.dtype), "batch", "sequence", "embed")
         return x, {"attention": attended, "mlp": added}

@@ -1,5 +1,6 @@
 """The one home of kernels: every matrix of the library is applied here."""
 from collections.abc import Mapping
+import functools
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.nn.initializers import initializer
+from vlm_jax.nn.precision import wide
 from vlm_jax.sharding.activations import is_split
 
 LARGE_KERNEL = 2 ** 18   # entries; smaller ones stay in a core's own cache
@@ -32,8 +34,9 @@ class Linear(nn.Module):
       features: the size of the output axis, or a tuple of sizes.
       contract: how many trailing axes of the input are summed over.
       kernel_init, bias_init: a name of `INITIALIZERS` or the standard deviation of a normal distribution.
-      dtype: of the computation and the output; param_dtype: of the parameters.
-      out_dtype: of the output, where it is another: the product is summed in it.
+      dtype: of the products' inputs and of the output, which is rounded to it once: products are summed, and biases added, in float32 where it is narrower.
+      param_dtype: of the parameters.
+      out_dtype: of the output, where it is another.
     """
     features: int | tuple[int, ...]
     contract: int = 1
@@ -56,15 +59,17 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (*inputs, *features), jnp.dtype(self.param_dtype))
         flat = (-1,) if len(leading) < 2 or not is_split("sequence") else leading
         x = x.astype(self.dtype).reshape(*flat, rows)
-        y = product(x, kernel.astype(self.dtype).reshape(rows, columns), self.out_dtype)
-        if self.has_variable("params", "scale"):
-            y = y * self.get_variable("params", "scale").astype(self.dtype).reshape(columns)
-        if self.has_variable("params", "lora"):
+        out_dtype, scaled, adapted = self.out_dtype or self.dtype, self.has_variable("params", "scale"), self.has_variable("params", "lora")
+        summed = wide(self.dtype) if scaled or adapted or self.use_bias else out_dtype   # where nothing follows, the product itself is rounded
+        y = product(x, kernel.astype(self.dtype).reshape(rows, columns), summed)
+        if scaled:
+            y = y * self.get_variable("params", "scale").astype(summed).reshape(columns)
+        if adapted:
             y = y + self._adapted(x, self.get_variable("params", "lora"))
         if self.use_bias:
             bias = self.param("bias", initializer(self.bias_init), features, jnp.dtype(self.param_dtype))
-            y = y + bias.astype(self.dtype).reshape(columns)
-        return y.reshape(*leading, *features)
+            y = y + bias.astype(summed).reshape(columns)
+        return y.astype(out_dtype).reshape(*leading, *features)
 
     def _adapted(self, x: Float[Array, "... rows"], lora: Mapping[str, Array]) -> Float[Array, "... columns"]:
         """What the adapter adds to the product of flat inputs."""
@@ -85,9 +90,29 @@ def product(x: Float[Array, "... rows"], kernel: Float[Array, "rows columns"], o
     rows, columns = kernel.shape
     alone = math.prod(x.shape[:-1]) == 1 and rows % 2 == 0 and rows * columns >= LARGE_KERNEL
     if not alone or jax.default_backend() != "cpu" or not jax.sharding.get_abstract_mesh().empty:
-        return jnp.matmul(x, kernel, preferred_element_type=out_dtype)
+        return _matmul(x, kernel, out_dtype) if out_dtype not in (None, x.dtype.name) else jnp.matmul(x, kernel)
     halves = jnp.einsum("hr,hrc->hc", x.reshape(2, rows // 2), kernel.reshape(2, rows // 2, columns), preferred_element_type=out_dtype)
     return halves.sum(0).reshape(*x.shape[:-1], columns)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: Float[Array, "... rows"], kernel: Float[Array, "rows columns"], out_dtype: str) -> Float[Array, "... columns"]:
+    """A product of narrow numbers whose sums are kept. Its gradient is rounded before it is multiplied, else accelerators would take wide products."""
+    return jnp.matmul(x, kernel, preferred_element_type=out_dtype)
+
+
+def _matmul_backward(out_dtype, saved, gradient):
+    _, pull = jax.vjp(jnp.matmul, *saved)
+    return pull(gradient.astype(saved[0].dtype))
+
+
+_matmul.defvjp(lambda x, kernel, out_dtype: (_matmul(x, kernel, out_dtype), (x, kernel)), _matmul_backward)
+
+
+def added_dtype(dtype: str, axis: str) -> str:
+    """Of what a block adds to the stream by a product that sums over the logical `axis`: `wide`, as the stream; but `dtype` where a mesh splits the axis, since
+    its devices exchange their parts of the sum, which would be twice the bytes."""
+    return dtype if is_split(axis) else wide(dtype)
 
 
 def effective(leaves: Mapping[str, Any]) -> dict[str, Any]:

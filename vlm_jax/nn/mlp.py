@@ -5,7 +5,8 @@ from jaxtyping import Array, Float
 
 from vlm_jax.nn.activations import ACTIVATIONS
 from vlm_jax.nn.dropout import Dropout
-from vlm_jax.nn.linear import Linear
+from vlm_jax.nn.linear import Linear, added_dtype
+from vlm_jax.nn.precision import rounded_once
 from vlm_jax.settings import choose
 from vlm_jax.sharding.activations import constrain
 
@@ -13,6 +14,8 @@ from vlm_jax.sharding.activations import constrain
 class Mlp(nn.Module):
     """down(activation(up(x))): Vaswani et al. 2017, section 3.3, with the activation named by `activation`; dropout after it. Gated:
     down(activation(gate(x)) * up(x)), Shazeer, "GLU Variants Improve Transformer" (2020); dropout of the product.
+
+    Activation and product of gates are computed in float32 and rounded to `dtype` once; the output is not rounded (see `added_dtype`).
 
     Attributes:
       hidden: the width of the hidden layer.
@@ -32,14 +35,14 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], train: bool = False) -> Float[Array, "B T D"]:
-        def linear(features, init, name):
+        def linear(features, init, name, out_dtype=None):
             return Linear(features, kernel_init=init, use_bias=name in self.biases, bias_init=self.bias_init, dtype=self.dtype,
-                          param_dtype=self.param_dtype, name=name)
+                          param_dtype=self.param_dtype, out_dtype=out_dtype, name=name)
 
         def widen(name):
             return checkpoint_name(constrain(linear(self.hidden, self.up_init, name)(x), "batch", "sequence", "mlp"), "hidden")
 
         activation = choose(ACTIVATIONS, self.activation, "activation")
-        hidden = activation(widen("gate")) * widen("up") if self.gated else activation(widen("up"))
+        hidden = rounded_once(lambda gate, up: activation(gate) * up, widen("gate"), widen("up")) if self.gated else rounded_once(activation, widen("up"))
         hidden = Dropout(self.dropout)(hidden, train)
-        return linear(x.shape[-1], self.down_init, "down")(hidden)
+        return linear(x.shape[-1], self.down_init, "down", added_dtype(self.dtype, "mlp"))(hidden)

@@ -13,22 +13,22 @@ from jaxtyping import Array, Float
 from vlm_jax.settings import choose
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
-    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis; mean and variance in float32, the result in the dtype of x."""
-    return _forward(x, scale, bias, eps)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def layer_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float, dtype: str | None = None) -> Float[Array, "... D"]:
+    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis; all of it in float32, the result in `dtype`, by default that of x."""
+    return _forward(x, scale, bias, eps, dtype)[0]
 
 
-def _forward(x, scale, bias, eps):
+def _forward(x, scale, bias, eps, dtype):
     wide = x.astype(jnp.float32)
     mean = wide.mean(-1, keepdims=True)
     variance = jnp.square(wide - mean).mean(-1, keepdims=True)
     inverse = lax.rsqrt(variance + eps)
     y = (wide - mean) * inverse * scale.astype(jnp.float32) + bias.astype(jnp.float32)
-    return y.astype(x.dtype), (x, mean, inverse, scale, bias)
+    return y.astype(dtype or x.dtype), (x, mean, inverse, scale, bias)
 
 
-def _backward(eps, saved, gradient):
+def _backward(eps, dtype, saved, gradient):
     x, mean, inverse, scale, bias = saved
     gradient = gradient.astype(jnp.float32)
     normalised = (x.astype(jnp.float32) - mean) * inverse
@@ -55,22 +55,22 @@ class LayerNorm(nn.Module):
         shape, dtype = (x.shape[-1],), jnp.dtype(self.param_dtype)
         scale = self.param("scale", nn.initializers.ones, shape, dtype) if self.use_scale else jnp.ones(shape, dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, dtype) if self.use_bias else jnp.zeros(shape, dtype)
-        return layer_norm(x.astype(self.dtype), scale, bias, self.eps)
+        return layer_norm(x, scale, bias, self.eps, self.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float, offset: float = 0.0) -> Float[Array, "... D"]:
-    """x / sqrt(mean(x^2) + eps) * (offset + scale) over the last axis; all of it in float32, the result in the dtype of x."""
-    return _rms_forward(x, scale, eps, offset)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float, offset: float = 0.0, dtype: str | None = None) -> Float[Array, "... D"]:
+    """x / sqrt(mean(x^2) + eps) * (offset + scale) over the last axis; all of it in float32, the result in `dtype`, by default that of x."""
+    return _rms_forward(x, scale, eps, offset, dtype)[0]
 
 
-def _rms_forward(x, scale, eps, offset):
+def _rms_forward(x, scale, eps, offset, dtype):
     wide = x.astype(jnp.float32)
     inverse = lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
-    return (wide * inverse * (offset + scale.astype(jnp.float32))).astype(x.dtype), (x, inverse, scale)
+    return (wide * inverse * (offset + scale.astype(jnp.float32))).astype(dtype or x.dtype), (x, inverse, scale)
 
 
-def _rms_backward(eps, offset, saved, gradient):
+def _rms_backward(eps, offset, dtype, saved, gradient):
     x, inverse, scale = saved
     gradient = gradient.astype(jnp.float32)
     normalised = x.astype(jnp.float32) * inverse
@@ -97,7 +97,7 @@ class RmsNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],), jnp.dtype(self.param_dtype))
-        return rms_norm(x.astype(self.dtype), scale, self.eps, self.offset)
+        return rms_norm(x, scale, self.eps, self.offset, self.dtype)
 
 
 NORMS = {"layer": LayerNorm, "layer_no_bias": functools.partial(LayerNorm, use_bias=False),

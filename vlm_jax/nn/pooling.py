@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax.errors import ConfigError
 from vlm_jax.nn.attention import attention, head_size, split_heads
 from vlm_jax.nn.initializers import initializer
-from vlm_jax.nn.linear import Linear
+from vlm_jax.nn.linear import Linear, added_dtype
 from vlm_jax.nn.mlp import Mlp
 from vlm_jax.nn.norms import LayerNorm
 
@@ -68,6 +68,6 @@ class AttentionPooling(nn.Module):
         query = jnp.broadcast_to(query, (batch, *query.shape[1:]))
         key, value = (split_heads(Linear(heads, name=name, **options)(x), "keys") for name in ("key", "value"))
         mixed = attention(split_heads(query, "sequence"), key, value, mask=mask, softmax_dtype=self.softmax_dtype)
-        h = Linear(width, contract=2, name="out", **options)(mixed)
+        h = Linear(width, contract=2, out_dtype=added_dtype(self.dtype, "heads"), name="out", **options)(mixed)
         normed = LayerNorm(self.norm_eps, name="norm", **options)(h)
         return (h + Mlp(self.mlp_dim, self.activation, name="mlp", **options)(normed))[:, 0]
