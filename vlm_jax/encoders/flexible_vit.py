@@ -2,14 +2,13 @@
 
 Lee et al., "Pix2Struct" (2023), section 2.1; Baechler et al., "ScreenAI" (2024), section 3.1.
 """
-from functools import partial
-
 from flax import linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlm_jax.encoders.tower import Tower, trunk
 from vlm_jax.errors import ConfigError
-from vlm_jax.nn import Dropout, LayerNorm, Linear, Stack, TransformerBlock
+from vlm_jax.nn import Dropout, Linear
 from vlm_jax.nn.initializers import initializer
 from vlm_jax.nn.precision import wide
 from vlm_jax.sharding.activations import constrain
@@ -48,7 +47,7 @@ def filled(patches: Float[Array, "B P 2+K"]) -> Array:
     return patches[..., 0] > 0
 
 
-class FlexibleVit(nn.Module):
+class FlexibleVit(Tower):
     """A vision transformer over flexible patches.
 
     Differs from the paper: ScreenAI does not say how its ViT knows positions; these are Pix2Struct's, with which the sizes add up.
@@ -56,7 +55,7 @@ class FlexibleVit(nn.Module):
     Attributes:
       max_patches: how many patches the processor makes of a picture; the model itself takes any number.
       max_rows: rows and columns that have an embedding.
-      width, depth, mlp_dim, num_heads: see `encoders.variants`.
+      width, depth, ...: see `Tower`.
 
     Returns:
       normalised tokens [B, P, D], and {"stem": patches with positions, "blocks": {name: [L, B, P, D]}, "tokens"}. Padding is read by no other token.
@@ -65,18 +64,6 @@ class FlexibleVit(nn.Module):
     patch_size: int = 16
     channels: int = 3
     max_rows: int = MAX_ROWS
-    width: int = 768
-    depth: int = 12
-    mlp_dim: int = 3072
-    num_heads: int = 12
-    activation: str = "gelu_tanh"
-    norm_eps: float = 1e-6
-    dropout: float = 0.0
-    scan: bool = True
-    remat: str = "none"
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    softmax_dtype: str = "float32"
 
     def input_shape(self) -> tuple[int, int]:
         """(patches, values of a patch) of one picture."""
@@ -84,12 +71,9 @@ class FlexibleVit(nn.Module):
 
     @nn.compact
     def __call__(self, patches: Float[Array, "B P 2+K"], train: bool = False) -> tuple[Float[Array, "B P D"], dict[str, Array]]:
-        options = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         out = {}
-        x = PatchEmbedding(self.width, self.patch_size, self.channels, self.max_rows, name="embedding", **options)(patches)
+        x = PatchEmbedding(self.width, self.patch_size, self.channels, self.max_rows, name="embedding", **self.options)(patches)
         out["stem"] = x = Dropout(self.dropout)(x, train)
-        block = partial(TransformerBlock, self.num_heads, self.mlp_dim, self.activation, norm_eps=self.norm_eps, dropout=self.dropout,
-                        softmax_dtype=self.softmax_dtype, **options)
-        x, out["blocks"] = Stack(block, self.depth, self.scan, self.remat, name="blocks")(x, filled(patches)[:, None, None], train=train)
-        out["tokens"] = x = LayerNorm(self.norm_eps, name="norm", dtype=wide(self.dtype), param_dtype=self.param_dtype)(x)
+        x, out["blocks"] = trunk(self, x, filled(patches)[:, None, None], train=train)
+        out["tokens"] = x
         return x, out

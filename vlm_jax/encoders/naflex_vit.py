@@ -2,7 +2,6 @@
 
 Tschannen et al., "SigLIP 2" (2025), section 2.4; Dehghani et al., "Patch n' Pack: NaViT" (2023).
 """
-from functools import partial
 import math
 
 from flax import linen as nn
@@ -10,18 +9,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.encoders.flexible_vit import filled
-from vlm_jax.encoders.vit import check_projection
+from vlm_jax.encoders.tower import Tower, check_projection, projected, trunk
 from vlm_jax.errors import ConfigError
-from vlm_jax.nn import AttentionPooling, Dropout, LayerNorm, Linear, Stack, TransformerBlock
+from vlm_jax.nn import AttentionPooling, Dropout, Linear
 from vlm_jax.nn.initializers import initializer
 from vlm_jax.nn.positions import triangle_weights
-from vlm_jax.nn.precision import wide
 from vlm_jax.sharding.activations import constrain
 
 POOLINGS = ("map", "gap", "none")
 
 
-class NaflexVit(nn.Module):
+class NaflexVit(Tower):
     """A vision transformer over the patches of pictures of any aspect ratio.
 
     The input is what the image operation `naflex_patches` makes: [row, column, pixels], counted from 1, zeros where nothing stands. The grid of a picture
@@ -30,7 +28,7 @@ class NaflexVit(nn.Module):
     Attributes:
       max_patches: how many patches the processor makes of a picture; the model itself takes any number.
       num_positions: rows of the position table, a square number.
-      width, depth, mlp_dim, num_heads: see `encoders.variants`.
+      width, depth, ...: see `Tower`.
       pool: "map" (padding is not read), "gap" (mean of the patches that are there) or "none" (all tokens).
       projection: None, "linear" or "linear_no_bias" to `embed_dim` after pooling.
 
@@ -44,21 +42,9 @@ class NaflexVit(nn.Module):
     num_positions: int = 256
     patch_size: int = 16
     channels: int = 3
-    width: int = 768
-    depth: int = 12
-    mlp_dim: int = 3072
-    num_heads: int = 12
     pool: str = "map"
-    activation: str = "gelu_tanh"
-    norm_eps: float = 1e-6
     projection: str | None = None
     embed_dim: int | None = None
-    dropout: float = 0.0
-    scan: bool = True
-    remat: str = "none"
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    softmax_dtype: str = "float32"
 
     def input_shape(self) -> tuple[int, int]:
         """(patches, values of a patch) of one picture."""
@@ -71,31 +57,24 @@ class NaflexVit(nn.Module):
     @nn.compact
     def __call__(self, patches: Float[Array, "B P 2+K"], train: bool = False) -> tuple[Float[Array, "B D"], dict[str, Array]]:
         self._check(patches.shape)
-        options = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        unrounded = dict(options, out_dtype=wide(self.dtype))
         out = {}
         pixels = patches[..., 2:].reshape(*patches.shape[:2], self.patch_size, self.patch_size, self.channels)
-        x = Linear(self.width, contract=3, kernel_init="lecun_normal", name="patch_embedding", **unrounded)(pixels)
+        x = Linear(self.width, contract=3, kernel_init="lecun_normal", name="patch_embedding", **self.unrounded)(pixels)
         out["stem"] = x = constrain(x, "batch", "sequence", "embed")
         x = x + self._positions(patches[..., :2].astype(jnp.int32)).astype(x.dtype)
         out["positions"] = x = Dropout(self.dropout)(x, train)
 
         there = filled(patches)
-        block = partial(TransformerBlock, self.num_heads, self.mlp_dim, self.activation, norm_eps=self.norm_eps, dropout=self.dropout,
-                        softmax_dtype=self.softmax_dtype, **options)
-        x, out["blocks"] = Stack(block, self.depth, self.scan, self.remat, name="blocks")(x, there[:, None, None], train=train)
-        out["tokens"] = x = LayerNorm(self.norm_eps, name="norm", dtype=wide(self.dtype), param_dtype=self.param_dtype)(x)
+        x, out["blocks"] = trunk(self, x, there[:, None, None], train=train)
+        out["tokens"] = x
         if self.pool == "map":
             x = AttentionPooling(self.num_heads, self.mlp_dim, self.activation, self.norm_eps, softmax_dtype=self.softmax_dtype, name="pooling",
-                                 **options)(x, there[:, None, None])
+                                 **self.options)(x, there[:, None, None])
         elif self.pool == "gap":
             weight = there[..., None].astype(x.dtype)
             x = (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
         out["pooled"] = x
-        if self.projection is not None:
-            x = Linear(self.embed_dim, use_bias=self.projection != "linear_no_bias", kernel_init=self.width ** -0.5, name="projection", **unrounded)(x)
-            x = jnp.tanh(x) if self.projection == "linear_tanh" else x
-        return x, out
+        return projected(self, x, self.width ** -0.5), out
 
     def _positions(self, places: Array) -> Float[Array, "B P D"]:
         side = math.isqrt(self.num_positions)

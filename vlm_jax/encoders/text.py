@@ -3,15 +3,13 @@
 SigLIP (Zhai et al. 2023): reads both ways, pads included; the last token (a sticky end of sentence) -> linear with bias. SigLIP 2 differs in its
 vocabulary of 256,000. CLIP (Radford et al. 2021): causal, QuickGELU, the feature at the end-of-text token -> linear without bias.
 """
-from functools import partial
-
 from flax import linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.encoders.vit import check_projection
+from vlm_jax.encoders.tower import Tower, check_projection, projected, trunk
 from vlm_jax.errors import ConfigError
-from vlm_jax.nn import BlockInit, Dropout, LayerNorm, Linear, Stack, TransformerBlock, pool
+from vlm_jax.nn import BlockInit, Dropout, pool
 from vlm_jax.nn.initializers import initializer
 from vlm_jax.nn.precision import wide
 from vlm_jax.sharding.activations import constrain
@@ -19,19 +17,18 @@ from vlm_jax.sharding.activations import constrain
 POOLS = ("last", "eot", "eot_or_first", "argmax", "gap", "none")
 
 
-class TextTransformer(nn.Module):
+class TextTransformer(Tower):
     """A text tower.
 
     Attributes:
       vocab_size, length: rows of the token table; tokens of a text (shorter ones are taken as well).
-      width, depth, mlp_dim, num_heads: see `encoders.variants`.
+      width, depth, ...: see `Tower`.
       causal: each token reads only those before it.
       pool: "last"; "eot" (first token whose id is `eot_id`, the last of a text without one) and "eot_or_first" (the first of
         such a text); "argmax" (first of the highest id); "gap"; "none".
       projection: None, "linear", "linear_no_bias" or "linear_tanh" to `embed_dim` after pooling.
       initialization: "siglip" (Xavier; tokens and positions with standard deviation 1/sqrt(width)) or "clip" (see `clip_init`; tokens 0.02, positions
         0.01).
-      scan, remat: see `nn.Stack`.
 
     Returns:
       the pooled embedding [B, D] and {"positions": tokens with positions [B, T, D], "blocks": {name: [L, B, T, D]}, "tokens": normalised tokens
@@ -41,24 +38,12 @@ class TextTransformer(nn.Module):
     """
     vocab_size: int = 32_000
     length: int = 64
-    width: int = 768
-    depth: int = 12
-    mlp_dim: int = 3072
-    num_heads: int = 12
     causal: bool = False
     pool: str = "last"
     eot_id: int | None = None
-    activation: str = "gelu_tanh"
-    norm_eps: float = 1e-6
     projection: str | None = "linear"
     embed_dim: int | None = None
     initialization: str = "siglip"
-    dropout: float = 0.0
-    scan: bool = True
-    remat: str = "none"
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    softmax_dtype: str = "float32"
 
     def input_shape(self) -> tuple[int]:
         """(length,) of one text."""
@@ -71,7 +56,6 @@ class TextTransformer(nn.Module):
     @nn.compact
     def __call__(self, tokens: Int[Array, "B T"], train: bool = False) -> tuple[Float[Array, "B D"], dict[str, Array]]:
         self._check(tokens.shape)
-        options = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         clip = self.initialization == "clip"
         out = {}
 
@@ -82,18 +66,10 @@ class TextTransformer(nn.Module):
         x = x + positions[:tokens.shape[1]].astype(self.dtype).astype(x.dtype)
         out["positions"] = x = constrain(Dropout(self.dropout)(x, train), "batch", "sequence", "embed")
 
-        block = partial(TransformerBlock, self.num_heads, self.mlp_dim, self.activation, causal=self.causal, norm_eps=self.norm_eps,
-                        dropout=self.dropout, kernel_init=clip_init(self.width, self.depth) if clip else BlockInit(),
-                        softmax_dtype=self.softmax_dtype, **options)
-        x, out["blocks"] = Stack(block, self.depth, self.scan, self.remat, name="blocks")(x, train=train)
-        out["tokens"] = x = LayerNorm(self.norm_eps, name="norm", dtype=wide(self.dtype), param_dtype=self.param_dtype)(x)
+        x, out["blocks"] = trunk(self, x, train=train, causal=self.causal, kernel_init=clip_init(self.width, self.depth) if clip else BlockInit())
+        out["tokens"] = x
         out["pooled"] = x = pool(x, self.pool, tokens=tokens, eot_id=self.eot_id)
-        if self.projection is not None:
-            kernel_init = self.width ** -0.5 if clip else "lecun_normal"
-            x = Linear(self.embed_dim, use_bias=self.projection != "linear_no_bias", kernel_init=kernel_init, out_dtype=wide(self.dtype),
-                       name="projection", **options)(x)
-            x = jnp.tanh(x) if self.projection == "linear_tanh" else x
-        return x, out
+        return projected(self, x, self.width ** -0.5 if clip else "lecun_normal"), out
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 2:

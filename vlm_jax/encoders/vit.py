@@ -3,24 +3,22 @@
 SigLIP (Zhai et al. 2023): no class token, attention pooling. CLIP (Radford et al. 2021): class token, no bias on patches, a norm before the blocks, a
 linear projection after the pooling. Initialisation is that of the ViT code.
 """
-from functools import partial
-
 from flax import linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlm_jax.encoders.tower import Tower, check_projection, final_norm, projected, trunk
 from vlm_jax.errors import ConfigError
-from vlm_jax.nn import AttentionPooling, Dropout, LayerNorm, Linear, PatchDropout, Stack, TransformerBlock, pool, resample_positions, sincos2d
+from vlm_jax.nn import AttentionPooling, Dropout, Linear, PatchDropout, pool, resample_positions, sincos2d
 from vlm_jax.nn.initializers import initializer
 from vlm_jax.nn.pooling import POOLINGS
 from vlm_jax.nn.precision import wide
 from vlm_jax.sharding.activations import constrain
 
 POSITIONS = ("learned", "sincos2d")
-PROJECTIONS = (None, "linear", "linear_no_bias", "linear_tanh")
 
 
-class Vit(nn.Module):
+class Vit(Tower):
     """An image tower.
 
     An image whose size is not `image_size` is taken as well: learned positions are resampled to its grid. Pixels beyond the last whole patch are left
@@ -29,14 +27,13 @@ class Vit(nn.Module):
     Attributes:
       image_size: (height, width) of the images that the positions are made for; one number for squares.
       patch_size: side of the square patches.
-      width, depth, mlp_dim, num_heads: see `encoders.variants`.
+      width, depth, ...: see `Tower`.
       pool: "map", "gap", "cls" (adds a class token) or "none" (all tokens).
       positions: "learned" or "sincos2d" (fixed).
       resample: how learned positions are brought to another grid, see `nn.resample_positions`.
       patch_bias, norm_before: bias of the patch projection; a norm between positions and blocks.
       projection: None, "linear", "linear_no_bias" or "linear_tanh" to `embed_dim` after pooling.
-      dropout: after positions and inside blocks; patch_dropout: share of patches left out in training.
-      scan, remat: see `nn.Stack`.
+      patch_dropout: share of patches left out in training.
 
     Returns:
       the pooled embedding [B, D] ([B, N, D] for "none"), float32 as all sums are, and {"stem": patches [B, N, D], "positions": tokens with positions, "blocks":
@@ -47,26 +44,14 @@ class Vit(nn.Module):
     image_size: int | tuple[int, int] = 224
     patch_size: int = 16
     channels: int = 3
-    width: int = 768
-    depth: int = 12
-    mlp_dim: int = 3072
-    num_heads: int = 12
     pool: str = "map"
     positions: str = "learned"
     resample: str = "bilinear"
     patch_bias: bool = True
     norm_before: bool = False
-    activation: str = "gelu_tanh"
-    norm_eps: float = 1e-6
     projection: str | None = None
     embed_dim: int | None = None
-    dropout: float = 0.0
     patch_dropout: float = 0.0
-    scan: bool = True
-    remat: str = "none"
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    softmax_dtype: str = "float32"
 
     def grid(self) -> tuple[int, int]:
         """Patches (down, across) of an image of `image_size`."""
@@ -85,14 +70,12 @@ class Vit(nn.Module):
     @nn.compact
     def __call__(self, image: Float[Array, "B H W C"], train: bool = False) -> tuple[Float[Array, "B D"], dict[str, Array]]:
         self._check(image.shape)
-        options = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        unrounded = dict(options, out_dtype=wide(self.dtype))
         out = {}
 
         patches = extract_patches(image.astype(self.dtype), self.patch_size)
         batch, *grid = patches.shape[:3]
         patches = patches.reshape(batch, -1, *patches.shape[3:])
-        x = Linear(self.width, contract=3, use_bias=self.patch_bias, kernel_init="lecun_normal", name="patch_embedding", **unrounded)(patches)
+        x = Linear(self.width, contract=3, use_bias=self.patch_bias, kernel_init="lecun_normal", name="patch_embedding", **self.unrounded)(patches)
         out["stem"] = x = constrain(x, "batch", "sequence", "embed")
 
         class_tokens = 1 if self.pool == "cls" else 0
@@ -105,23 +88,17 @@ class Vit(nn.Module):
         x = PatchDropout(self.patch_dropout, keep_first=class_tokens)(x, train)
 
         if self.norm_before:
-            x = LayerNorm(self.norm_eps, name="norm_before", dtype=wide(self.dtype), param_dtype=self.param_dtype)(x)
-        block = partial(TransformerBlock, self.num_heads, self.mlp_dim, self.activation, norm_eps=self.norm_eps, dropout=self.dropout,
-                        softmax_dtype=self.softmax_dtype, **options)
-        x, out["blocks"] = Stack(block, self.depth, self.scan, self.remat, name="blocks")(x, train=train)
-        x = LayerNorm(self.norm_eps, name="norm", dtype=wide(self.dtype), param_dtype=self.param_dtype)(x)
+            x = final_norm(self, x, "norm_before")
+        x, out["blocks"] = trunk(self, x, train=train)
         out["tokens"] = x[:, class_tokens:]
 
         if self.pool == "map":
             x = AttentionPooling(self.num_heads, self.mlp_dim, self.activation, self.norm_eps, softmax_dtype=self.softmax_dtype, name="pooling",
-                                 **options)(x)
+                                 **self.options)(x)
         else:
             x = pool(x, self.pool)
         out["pooled"] = x
-        if self.projection is not None:
-            x = Linear(self.embed_dim, use_bias=self.projection != "linear_no_bias", kernel_init=self.width ** -0.5, name="projection", **unrounded)(x)
-            x = jnp.tanh(x) if self.projection == "linear_tanh" else x
-        return x, out
+        return projected(self, x, self.width ** -0.5), out
 
     def _positions(self, grid: tuple[int, int], class_tokens: int) -> Float[Array, "N D"]:
         if self.positions == "sincos2d":
@@ -141,14 +118,6 @@ class Vit(nn.Module):
         if self.positions not in POSITIONS:
             raise ConfigError(f'Vit.positions: "{self.positions}" is unknown; choose one of {", ".join(POSITIONS)}.')
         check_projection("Vit", self.projection, self.embed_dim)
-
-
-def check_projection(tower: str, projection: str | None, embed_dim: int | None) -> None:
-    """Raises a ConfigError for an unknown kind of projection, or one without a width."""
-    if projection not in PROJECTIONS:
-        raise ConfigError(f'{tower}.projection: "{projection}" is unknown; choose "linear", "linear_no_bias", "linear_tanh" or None.')
-    if projection is not None and not embed_dim:
-        raise ConfigError(f"{tower}.embed_dim is missing: a projection needs the width it maps to.")
 
 
 def extract_patches(image: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w P P C"]:
