@@ -1,4 +1,4 @@
-"""The quickstart's data with CLIP's towers and softmax loss: the other half of the comparison with configs/siglip/emoji.py. Radford et al. 2021.
+"""The quickstart's data with CLIP's towers and softmax loss, beside configs/siglip/emoji.py. Radford et al. 2021.
 
 Launch:   python -m vlm_jax.train --config configs/clip/emoji.py --workdir runs/clip_emoji
 Try here: python -m vlm_jax.train --config configs/clip/emoji.py:variant=test --workdir runs/clip_emoji_test

@@ -1,9 +1,9 @@
 """Gemma 2 9B tuned to write the targets of a table of prompts and texts. Gemma Team, "Gemma 2" (2024), table 1 for the sizes; the settings of tuning are ours.
 
 Your data: a JSONL or CSV table whose records have `prompt` and `texts`; no pictures are read. The tokenizer is the release's SentencePiece file or folder.
-Published weights come in through `init`, a directory in the Hugging Face layout or a workdir.
+Published weights come in through `init`, a local directory in the Hugging Face layout, or a workdir (also on gs://).
 
-Launch:   python -m vlm_jax.train --config configs/language/gemma2_9b.py:data=train.jsonl,tokenizer=gemma2.model,init=gs://BUCKET/gemma2 --workdir gs://BUCKET/run
+Launch:   python -m vlm_jax.train --config configs/language/gemma2_9b.py:data=train.jsonl,tokenizer=gemma2.model,init=/mnt/gemma2 --workdir gs://BUCKET/run
 Measured: not trained by us.
 Try here: python -m vlm_jax.train --config configs/language/gemma2_9b.py:variant=test --workdir runs/gemma2_test
 """

@@ -7,9 +7,9 @@ from vlm_jax.data.objectives import PALI_MIXTURE
 LOCATIONS = "<loc0000..1023>"   # PaliGemma's tokens of places
 
 
-def trained_text(source: dict, vocab_size: int, added: list[str] | None = None) -> list:
+def trained_text(source: dict, vocab_size: int, added: list[str] | None = None, **settings) -> list:
     """Text operations of the small studies: SentencePiece trained on prompts and answers of `source`, followed by tokens of our own."""
-    return [["lowercase", {}], ["tokenize", {"tokenizer": {"train_on": source, "vocab_size": vocab_size, **({"added": added} if added else {})}}]]
+    return [["lowercase", {}], ["tokenize", {"tokenizer": {"train_on": source, "vocab_size": vocab_size, **settings, **({"added": added} if added else {})}}]]
 
 
 def loaded_text(path: str, added: list[str] | None = None) -> list:

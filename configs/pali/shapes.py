@@ -9,16 +9,16 @@ Try here: python -m vlm_jax.train --config configs/pali/shapes.py:variant=test -
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import lay_out
+from vlm_jax.configs.common import lay_out, trained_text as padded_text
 from vlm_jax.configs.pali.recipe import LOCATIONS, drawn, trained_text
 from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,steps=1200,images=true,topology=...,layout=auto"."""
-    arg = parse_arg(arg, variant="full", steps=1200, images=True, topology="", layout="auto")
+    """Returns the config; `arg` is "variant=full|test,contrastive=700,steps=4200,images=true,topology=...,layout=auto"."""
+    arg = parse_arg(arg, variant="full", contrastive=700, steps=4200, images=True, topology="", layout="auto")
     test = arg.variant == "test"
-    size, patch = (24, 8) if test else (48, 8)
+    size, patch = (24, 8) if test else (48, 12)
 
     def world(task: str, split: str = "train", **settings) -> dict:
         return dict(name=f"shapes_{task}", split=split, size=size, **settings)
@@ -31,19 +31,32 @@ def get_config(arg=None):
     config.seed = 0
     config.model = dict(name="pali", preset="test" if test else "shapes")
     config.processor = dict(
-        image=drawn(size, arg.images), text=trained_text(words, 448, [LOCATIONS]),
-        format=dict(kind="encoder_decoder", length=(size // patch) ** 2 + 16, target_length=8, image_tokens=(size // patch) ** 2))
+        image=drawn(size, arg.images), text=trained_text(words, 448, [LOCATIONS], model_type="bpe"),
+        format=dict(kind="encoder_decoder", length=(size // patch) ** 2 + 12, target_length=8, image_tokens=(size // patch) ** 2))
     config.task = dict(name="generation")
     lay_out(config, arg, "", parameters=10_000_000)
-    config.stages = [dict(
+    seen = {name: dict(name="shapes", split="train", size=size, objects=objects) for name, objects in (("single", 1), ("several", [1, 2]))}
+    contrastive = dict(
+        steps=2 if test else arg.contrastive,
+        model=dict(name="siglip", preset="test" if test else "shapes", image=dict(patch_size=patch)),
+        processor=dict(text=padded_text(dict(seen["several"], limit=1000), vocab_size=300, length=16), format=None),
+        task=dict(name="contrastive", loss="sigmoid"),
+        data=dict(pairs=dict(source=dict(name="mixture", sources=seen), batch_size=8 if test else 128)),
+        train=[(r".*", {})],
+        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4, decay_by="schedule"),
+        schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else 50),
+        clip=1.0,
+    )
+    config.stages = [contrastive, dict(
         steps=2 if test else arg.steps,
-        data=dict(tasks=dict(source=dict(name="mixture", sources=tasks, weights=dict(captions=1, questions=2, boxes=1)), batch_size=8 if test else 128)),
+        init_from=dict(previous=True, mapping=[(r"(image/(?!pooling).*)", r"\1")]),
+        data=dict(tasks=dict(source=dict(name="mixture", sources=tasks, weights=dict(captions=1, questions=3, boxes=2)), batch_size=8 if test else 64)),
         train=[(r".*", {})],
         optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4, decay_by="schedule"),
         schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else 100),
         clip=1.0,
     )]
-    every = 2 if test else 10_000   # and at the end
+    every = 4 if test else 10_000   # the end of the last stage: the first one cannot answer
     limit = 12 if test else 500
     config.evaluations = dict(
         captions=dict(evaluator="captioning", source=world("captions", "heldout_pairs", count=limit), every=every),

@@ -1,6 +1,7 @@
 """SigLIP L/16 at 256 px on WebLI, or on your own webdataset shards. Zhai et al. 2023.
 
-Launch:   python -m vlm_jax.train --config configs/siglip/l16_webli.py:shards=gs://BUCKET/{000000..009999}.tar,tokenizer=c4_en.model --workdir gs://BUCKET/run
+Launch:   python -m vlm_jax.train --config "configs/siglip/l16_webli.py:shards=/mnt/{000000..009999}.tar,tokenizer=c4_en.model" --workdir gs://BUCKET/run
+          (shards are files, local or mounted as by gcsfuse; the quotes keep the shell from expanding the braces)
 Expected: ImageNet zero-shot top-1 80.5 (quoted, big_vision README). Measured: not trained by us.
 Try here: python -m vlm_jax.train --config configs/siglip/l16_webli.py:variant=test --workdir runs/l16_webli
 """

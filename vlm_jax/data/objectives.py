@@ -25,7 +25,7 @@ from vlm_jax.data.sources import MixtureSource, Source, build_source, check_inde
 from vlm_jax.errors import ConfigError, did_you_mean
 from vlm_jax.settings import call, choose
 
-# Millions of examples of PaLI's pre-training, 1,566 in all (section 3.2; the split is from memory of the paper and adds up to its total).
+# Millions of examples of PaLI's pre-training, 1,566 in all (section 3.2; the split adds up to the paper's total; its parts await a check).
 PALI_MIXTURE = {
     "split_caption": 1000,          # WebLI alt-texts
     "span_corruption": 100,         # text alone, mC4

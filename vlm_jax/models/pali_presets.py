@@ -29,7 +29,7 @@ def _small(size: int, patch: int, width: int, heads: int, image_depth: int, dept
 
 PALI: dict[str, Settings] = {
     "test": _small(24, 8, 64, 2, 2, 2, 2048, scan=True),
-    "shapes": _small(48, 8, 128, 4, 4, 2, 2048),
+    "shapes": _small(48, 12, 128, 4, 4, 2, 2048),
     "emoji": _small(48, 12, 192, 3, 6, 3, 8192),
     "pali-3b": _pali("G/14", "mt5-large", 224),
     "pali-15b": _pali("G/14", "mt5-xxl", 224),

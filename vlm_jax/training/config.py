@@ -257,7 +257,8 @@ def _check_sections(values: Mapping[str, Any]) -> None:
     for name, settings in values["evaluations"].items():
         where = f"config.evaluations.{name}"
         if not isinstance(settings, dict) or "evaluator" not in settings:
-            raise ConfigError(f"{where}.evaluator is missing; name one: \"retrieval\", \"zero_shot\" or \"linear_probe\".")
+            from vlm_jax.evaluation import EVALUATORS
+            raise ConfigError(f"{where}.evaluator is missing; name one of {', '.join(EVALUATORS)}.")
         every = settings.get("every")
         if every is not None and (type(every) is not int or every < 1):
             raise ConfigError(f"{where}.every is {every!r}; it must be an integer of at least 1, or None for the end only.")
