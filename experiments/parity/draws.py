@@ -23,8 +23,7 @@ def main(cases: str = CASES, draws: int = 8) -> dict[str, list[float]]:
     import torch
     import transformers
 
-    from experiments.parity.compare import compare
-    from experiments.parity.configurations import sample
+    from experiments.parity.compare import compare, sample
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     ratios: dict[str, list[float]] = {}

@@ -3,8 +3,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.parity.compare import ENCODERS, SEQ2SEQ
 from experiments.parity.configurations import Configuration
+from experiments.parity.texts import ENCODERS, SEQ2SEQ
 from vlm_jax.decoding import generate
 from vlm_jax.interop.directory import Imported
 

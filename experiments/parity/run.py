@@ -1,4 +1,4 @@
-"""Compares every language family with transformers on random configurations, in float32 and bfloat16, and greedy answers token for token.
+"""Compares every family with transformers on random configurations, in float32 and bfloat16, and greedy answers of language models token for token.
 
     python -m experiments.parity.run
 """
@@ -14,7 +14,7 @@ COUNT, GREEDY_COUNT = 12, 3
 
 
 def main(families: str = "", count: int = COUNT, greedy_count: int = GREEDY_COUNT, notes: str = "") -> dict[str, float]:
-    """Runs `count` configurations of each family (of the first `greedy_count` also answers) and writes results.json; returns its metrics.
+    """Runs `count` configurations of each family (of the first `greedy_count` of a language family also answers) and writes results.json; returns its metrics.
 
     Args:
       families: names, separated by commas; all by default.
@@ -27,8 +27,8 @@ def main(families: str = "", count: int = COUNT, greedy_count: int = GREEDY_COUN
     import torch
     import transformers
 
-    from experiments.parity.compare import compare
-    from experiments.parity.configurations import FAMILIES, sample
+    from experiments.parity.compare import FAMILIES, compare, sample
+    from experiments.parity.configurations import FAMILIES as LANGUAGE
     from experiments.parity.greedy import greedy
     from experiments.results import write_results
     torch.set_num_threads(1)
@@ -41,8 +41,9 @@ def main(families: str = "", count: int = COUNT, greedy_count: int = GREEDY_COUN
         for name in families.split(",") if families else FAMILIES:
             line = done.get((name, seed))
             if line is None:
+                answers = greedy if name in LANGUAGE and seed < greedy_count else None
                 with tempfile.TemporaryDirectory() as folder:
-                    line = {"family": name, "seed": seed, **compare(sample(name, seed), folder, also=greedy if seed < greedy_count else None)}
+                    line = {"family": name, "seed": seed, **compare(sample(name, seed), folder, also=answers)}
                 if notes:
                     with open(notes, "a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
@@ -78,7 +79,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--families", default="", help="names, separated by commas; all by default")
     parser.add_argument("--count", type=int, default=COUNT, help="configurations of each family")
-    parser.add_argument("--greedy_count", type=int, default=GREEDY_COUNT, help="of how many the answers are compared")
+    parser.add_argument("--greedy_count", type=int, default=GREEDY_COUNT, help="of how many of a language family the answers are compared")
     parser.add_argument("--notes", default="", help="a file that keeps what was measured, so that an interrupted run goes on")
     main(**vars(parser.parse_args()))
     sys.exit(0)

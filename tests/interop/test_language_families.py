@@ -5,8 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.parity.compare import batch, compare, equal_trees, reference, relative_error, run_ours, run_reference
+from experiments.parity.compare import compare, equal_trees, reference, relative_error
 from experiments.parity.configurations import FAMILIES, sample
+from experiments.parity.texts import batch, run_ours, run_reference
 from vlm_jax import registry
 from vlm_jax.errors import ConfigError
 from vlm_jax.interop import families
@@ -50,7 +51,7 @@ def test_a_head_of_its_own_is_seen_in_the_tensors(tmp_path):
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     model.save_pretrained(tmp_path / "theirs")
     model = type(model).from_pretrained(tmp_path / "theirs").eval()
-    loaded, inputs = load_directory(tmp_path / "theirs"), batch(configuration, configuration.settings["vocab_size"])
+    loaded, inputs = load_directory(tmp_path / "theirs"), batch(configuration)
     assert not loaded.model.tied
     expected = run_reference(model, configuration, inputs)
     assert relative_error(run_ours(loaded, configuration, inputs), expected) <= 1e-4
