@@ -20,7 +20,7 @@ def sample(family: str, seed: int) -> Configuration:
     return (picture_configurations if family in picture_configurations.FAMILIES else configurations).sample(family, seed)
 
 
-def reference(configuration: Configuration, dtype: str = "float32") -> Any:
+def reference(configuration: Configuration) -> Any:
     """The reference model with perturbed weights, in evaluation mode. Its weights are numbers of bfloat16, so that both dtypes compute one function."""
     import torch
     import transformers
@@ -36,7 +36,12 @@ def reference(configuration: Configuration, dtype: str = "float32") -> Any:
             spread = 0.3 if parameter.ndim <= 1 else 0.9 * inputs ** -0.5
             parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
             parameter.copy_(parameter.to(torch.bfloat16).to(torch.float32))
-    return model.to(getattr(torch, dtype))
+    return model
+
+
+def reread(model: Any, folder: str | os.PathLike, dtype: str = "float32") -> Any:
+    """What the reference reads from a folder. (Converted in memory its buffers, as the frequencies of rotations, would be rounded too.)"""
+    return type(model).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
 def relative_error(ours: Any, theirs: Any) -> float:
@@ -73,12 +78,11 @@ def compare(configuration: Configuration, folder: str | os.PathLike, dtypes: tup
         loaded = load_directory(folder / "theirs")
         found["float32"] = relative_error(kind.run_ours(loaded, configuration, inputs), expected)
         save_directory(loaded, folder / "ours")
-        again = type(model).from_pretrained(folder / "ours", attn_implementation="eager").eval()
-        found["export"] = relative_error(kind.run_reference(again, configuration, inputs), expected)
+        found["export"] = relative_error(kind.run_reference(reread(model, folder / "ours"), configuration, inputs), expected)
         found["round_trip"] = equal_trees(load_directory(folder / "ours").params, loaded.params)
         if also is not None:
             found |= also(model, configuration, loaded, inputs)
     if "bfloat16" in dtypes:
-        found["reference_bfloat16"] = relative_error(kind.run_reference(reference(configuration, "bfloat16"), configuration, inputs), expected)
+        found["reference_bfloat16"] = relative_error(kind.run_reference(reread(model, folder / "theirs", "bfloat16"), configuration, inputs), expected)
         found["bfloat16"] = relative_error(kind.run_ours(load_directory(folder / "theirs", dtype="bfloat16"), configuration, inputs), expected)
     return found
