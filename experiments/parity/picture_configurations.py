@@ -34,10 +34,10 @@ def sample(family: str, seed: int) -> PictureConfiguration:
     return PictureConfiguration(family, architecture, config_class, settings, rows, length, rng.randint(3, 11), padding, seed, tuple(sizes))
 
 
-def _tower(rng: random.Random, width: int | None = None) -> Settings:
-    """A tower of 1 to 4 layers, whose width is drawn with its heads, or is given."""
-    heads = rng.choice([1, 2, 3, 5, 7] if width is None else [count for count in range(1, 8) if width % count == 0])
-    return {"hidden_size": width or heads * rng.choice([4, 5, 6, 8, 11]), "num_attention_heads": heads, "intermediate_size": rng.randint(9, 61),
+def _tower(rng: random.Random) -> Settings:
+    """A tower of 1 to 4 layers."""
+    heads = rng.choice([1, 2, 3, 5, 7])
+    return {"hidden_size": heads * rng.choice([4, 5, 6, 8, 11]), "num_attention_heads": heads, "intermediate_size": rng.randint(9, 61),
             "num_hidden_layers": rng.randint(1, 4), "hidden_act": rng.choice(ACTIVATIONS), "layer_norm_eps": rng.choice(EPSILONS)}
 
 
@@ -85,14 +85,14 @@ def _vit_labels(rng: random.Random, rows: int) -> tuple[Settings, Sizes]:
 
 
 def _siglip2(rng: random.Random, rows: int) -> tuple[Settings, Sizes]:
-    """Grids of one column are left out: what PyTorch interpolates for them on CPUs depends on the order in memory (see README.md)."""
+    """Grids of one column are left out: what PyTorch on CPUs interpolates for them is wrong (see README.md). Those of one row are in."""
     image = _tower(rng) | {"patch_size": rng.choice([2, 3, 5]), "num_patches": rng.choice([1, 4, 9, 16, 25]), "num_channels": rng.choice([3, 3, 1])}
     return ({"vision_config": image, "text_config": _text(rng) | {"projection_size": image["hidden_size"]}},
             [(rng.randint(1, 5), rng.randint(2, 6)) for _ in range(rows)])
 
 
 def _pix2struct(rng: random.Random, rows: int) -> tuple[Settings, Sizes]:
-    """The decoder's heads are as wide as it is, those of the encoder need not be."""
+    """The decoder's heads together are as wide as it is, those of the encoder need not be. Grids of one row or column are in."""
     heads, head_dim, patch = rng.choice([1, 2, 3, 5]), rng.randint(4, 9), rng.choice([2, 3, 5])
     text = {"hidden_size": heads * head_dim, "d_kv": head_dim, "num_heads": heads, "d_ff": rng.randint(9, 61), "num_layers": rng.randint(1, 4),
             "vocab_size": rng.randrange(31, 120, 2), "dense_act_fn": rng.choice(["gelu_new", "gelu", "silu", "relu"]),
