@@ -32,7 +32,7 @@ def get_config(arg=None):
     config.model = dict(name="pali", preset="test" if test else "shapes")
     config.processor = dict(
         image=drawn(size, arg.images), text=trained_text(words, 448, [LOCATIONS], model_type="bpe"),
-        format=dict(kind="encoder_decoder", length=(size // patch) ** 2 + 12, target_length=8, image_tokens=(size // patch) ** 2))
+        format=dict(kind="encoder_decoder", length=(size // patch) ** 2 + (20 if test else 12), target_length=8, image_tokens=(size // patch) ** 2))
     config.task = dict(name="generation")
     lay_out(config, arg, "", parameters=10_000_000)
     seen = {name: dict(name="shapes", split="train", size=size, objects=objects) for name, objects in (("single", 1), ("several", [1, 2]))}

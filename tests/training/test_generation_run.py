@@ -34,7 +34,7 @@ def config_of():
                    language=dict(vocab_size=310, width=12, encoder_depth=1, decoder_depth=1, mlp_dim=16, num_heads=3, head_dim=4)),
         processor=dict(image=[["resize", dict(size=16)], ["value_range", dict(low=-1, high=1)]],
                        text=[["tokenize", dict(tokenizer=dict(train_on=dict(SOURCE, count=50), vocab_size=300))]],
-                       format=dict(kind="encoder_decoder", length=24, target_length=6, image_tokens=4)),
+                       format=dict(kind="encoder_decoder", length=28, target_length=6, image_tokens=4)),
         stages=[stage],
         evaluations=dict(answers=dict(evaluator="vqa", source=dict(SOURCE, split="heldout_pairs", count=3), max_tokens=4, batch_size=2)))
     return config
