@@ -1,10 +1,11 @@
 """A small PaLI on drawn shapes: captions, questions and boxes by one model, "image + text -> text". Chen et al. 2022, section 3.
 
-Does it name, answer and find pairs of colour and shape that it never saw together? `images=false` trains the baseline that reads the text alone.
+Does it name, answer and find pairs of colour and shape that it never saw together? As in the paper an image tower that was trained contrastively comes
+first; here it goes on learning. `images=false` trains the baseline that reads the text alone.
 
 Launch:   python -m vlm_jax.train --config configs/pali/shapes.py --workdir runs/pali_shapes
-Expected: on held-out pairs, VQA above 90 %, captions word for word above 90 %, boxes at IoU 0.5 above 80 %, under 15 minutes on two CPU cores.
-Measured: experiments/pali_shapes.
+Bar:      on held-out pairs, answers above 90 %, captions word for word above 90 %, boxes at IoU 0.5 above 80 %, under 15 minutes on two CPU cores.
+Measured: 78 %, 85 % and 74 % (one seed; 16 min 26 s on two cores that did other work; experiments/pali_shapes).
 Try here: python -m vlm_jax.train --config configs/pali/shapes.py:variant=test --workdir runs/pali_shapes_test
 """
 import ml_collections as ml
@@ -15,8 +16,8 @@ from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,contrastive=700,steps=4200,images=true,topology=...,layout=auto"."""
-    arg = parse_arg(arg, variant="full", contrastive=700, steps=4200, images=True, topology="", layout="auto")
+    """Returns the config; `arg` is "variant=full|test,contrastive=800,steps=2000,images=true,topology=...,layout=auto"."""
+    arg = parse_arg(arg, variant="full", contrastive=800, steps=2000, images=True, topology="", layout="auto")
     test = arg.variant == "test"
     size, patch = (24, 8) if test else (48, 12)
 
@@ -50,7 +51,7 @@ def get_config(arg=None):
     config.stages = [contrastive, dict(
         steps=2 if test else arg.steps,
         init_from=dict(previous=True, mapping=[(r"(image/(?!pooling).*)", r"\1")]),
-        data=dict(tasks=dict(source=dict(name="mixture", sources=tasks, weights=dict(captions=1, questions=3, boxes=2)), batch_size=8 if test else 64)),
+        data=dict(tasks=dict(source=dict(name="mixture", sources=tasks, weights=dict(captions=1, questions=2, boxes=1)), batch_size=8 if test else 128)),
         train=[(r".*", {})],
         optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4, decay_by="schedule"),
         schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else 100),
