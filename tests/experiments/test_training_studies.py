@@ -14,6 +14,7 @@ def one_device(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0")
 
 
+@pytest.mark.slow
 def test_shapes_study_records_its_figures(tmp_path):
     metrics = shapes.main(tmp_path / "runs", (4,), tmp_path / "out", "test")
     written = json.loads((tmp_path / "out" / "results.json").read_text())
