@@ -81,7 +81,7 @@ def test_process_0_writes_alone_and_prints_alone(pair):
     assert json.loads((workdir / "environment.json").read_text())["devices"]["processes"] == 2
 
 
-@pytest.mark.parametrize("devices, mesh", [(1, {}), pytest.param(4, {}, marks=pytest.mark.slow), (8, {"data": 2, "fsdp": 4})])
+@pytest.mark.parametrize("devices, mesh", [(1, {}), (4, {}), (8, {"data": 2, "fsdp": 4})])
 def test_a_checkpoint_of_two_processes_is_read_on_any_mesh(pair, devices, mesh):
     """Bit-identical arrays, by their digests, which do not depend on the layout; and as numpy, without knowing the mesh."""
     config = load_saved(pair[0])

@@ -112,3 +112,23 @@ def test_products_read_bfloat16_and_the_stream_is_float32(made):
     products = [equation for equation in equations(traced.jaxpr) if equation.primitive.name == "dot_general"]
     assert len(products) >= 24
     assert {variable.aval.dtype for equation in products for variable in equation.invars} == {jnp.dtype(LOW)}
+
+
+@pytest.mark.parametrize("how", ["start", "extend"])
+def test_embeddings_that_are_given_are_not_rounded(how):
+    """Two embeddings that bfloat16 cannot tell apart are two to the stream."""
+    model = Decoder(vocab_size=11, width=8, depth=1, mlp_dim=12, num_heads=2, dtype="bfloat16")
+    tokens = jnp.zeros((1, 3), jnp.int32)
+    params = model.init(jax.random.key(0), {"tokens": tokens})
+
+    def logits(embeddings):
+        if how == "start":
+            return model.apply(params, {"embeddings": embeddings}, 8, method="start")[0]
+        _, cache = model.apply(params, {"tokens": tokens}, 8, method="start")
+        return model.apply(params, tokens, cache, None, embeddings, method="extend")[0]
+
+    x = numbers(1, 3, 8).astype(jnp.float32)
+    close = x * (1 + 1e-3 * numbers(1, 3, 8, seed=1).astype(jnp.float32))
+    assert not np.array_equal(x, close) and (close.astype(LOW) == x.astype(LOW)).mean() > 0.7
+    rounded = close.astype(LOW).astype(jnp.float32)
+    assert not np.array_equal(logits(close), logits(rounded))

@@ -65,8 +65,7 @@ def test_another_seed_is_another_run(finished, tmp_path):
     assert losses(tmp_path / "run")[2] != losses(finished)[2]
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(dict(data=4), marks=pytest.mark.slow), pytest.param(dict(fsdp=4), marks=pytest.mark.slow),
-                                  dict(data=2, fsdp=2)], ids=str)
+@pytest.mark.parametrize("mesh", [dict(data=4), dict(fsdp=4), dict(data=2, fsdp=2)], ids=str)
 def test_other_meshes_give_the_same_losses(finished, tmp_path, mesh):
     with jax.default_matmul_precision("highest"):
         train(shapes(mesh=mesh), tmp_path / "run", devices=jax.devices()[:4])

@@ -196,7 +196,7 @@ class Decoder(nn.Module):
         """
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid.astype(bool)
         cache, slots = cache.extend(valid)
-        x = self.embed(tokens) if embeddings is None else embeddings.astype(self.dtype)
+        x = self.embed(tokens) if embeddings is None else embeddings.astype(wide(self.dtype))
         x = self._positioned(x, valid, slots.position)
         x, out = self.transformer(x, Visibility(slots.position, slots.key_position), slots.position, cache, slots)
         return self._logits(self._hidden(x)), out["cache"]
