@@ -132,7 +132,7 @@ def read_prompt(plan: Plan, params: Any, inputs: Mapping[str, Array], prefix: An
     cache = grown(prefix.cache if isinstance(prefix, Prefix) else prefix, plan.cache_length)
     if cache.index.shape[0] != tokens.shape[0]:
         cache = cache.rows(jnp.zeros(tokens.shape[0], jnp.int32))
-    pictures = {name: inputs[name] for name in ("images", "slots") if inputs.get("images") is not None}
+    pictures = {name: inputs[name] for name in ("images", "slots", "media_index") if name in inputs and inputs.get("images") is not None}
     logits, cache = model.apply({"params": params}, tokens, cache, valid, **pictures, method="extend")
     last = jnp.where(valid, jnp.arange(tokens.shape[1]), -1).max(1)
     return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], cache.unstacked() if layered else cache

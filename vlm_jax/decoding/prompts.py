@@ -10,7 +10,7 @@ from vlm_jax.errors import ConfigError
 
 SMALLEST_BUCKET = 16
 # What a padded place holds, of the inputs that have a token axis.
-FILL = {"tokens": 0, "valid": False, "positions": 0, "prefix": False, "segment_ids": 0, "slots": -1, "embeddings": 0}
+FILL = {"tokens": 0, "valid": False, "positions": 0, "prefix": False, "segment_ids": 0, "slots": -1, "media_index": -1, "embeddings": 0}
 
 
 def bucket(length: int, buckets: Sequence[int] | None = None) -> int:

@@ -74,6 +74,7 @@ class FlexibleVit(Tower):
         out = {}
         x = PatchEmbedding(self.width, self.patch_size, self.channels, self.max_rows, name="embedding", **self.options)(patches)
         out["stem"] = x = Dropout(self.dropout)(x, train)
-        x, out["blocks"] = trunk(self, x, filled(patches)[:, None, None], train=train)
+        x, of_trunk = trunk(self, x, filled(patches)[:, None, None], train=train)
+        out.update(of_trunk)
         out["tokens"] = x
         return x, out

@@ -65,7 +65,8 @@ class NaflexVit(Tower):
         out["positions"] = x = Dropout(self.dropout)(x, train)
 
         there = filled(patches)
-        x, out["blocks"] = trunk(self, x, there[:, None, None], train=train)
+        x, of_trunk = trunk(self, x, there[:, None, None], train=train)
+        out.update(of_trunk)
         out["tokens"] = x
         if self.pool == "map":
             x = AttentionPooling(self.num_heads, self.mlp_dim, self.activation, self.norm_eps, softmax_dtype=self.softmax_dtype, name="pooling",

@@ -66,7 +66,8 @@ class TextTransformer(Tower):
         x = x + positions[:tokens.shape[1]].astype(self.dtype).astype(x.dtype)
         out["positions"] = x = constrain(Dropout(self.dropout)(x, train), "batch", "sequence", "embed")
 
-        x, out["blocks"] = trunk(self, x, train=train, causal=self.causal, kernel_init=clip_init(self.width, self.depth) if clip else BlockInit())
+        x, of_trunk = trunk(self, x, train=train, causal=self.causal, kernel_init=clip_init(self.width, self.depth) if clip else BlockInit())
+        out.update(of_trunk)
         out["tokens"] = x
         out["pooled"] = x = pool(x, self.pool, tokens=tokens, eot_id=self.eot_id)
         return projected(self, x, self.width ** -0.5 if clip else "lecun_normal"), out

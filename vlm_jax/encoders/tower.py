@@ -52,18 +52,18 @@ def final_norm(tower: Tower, x: Float[Array, "B T D"], name: str = "norm") -> Fl
     return LayerNorm(tower.norm_eps, name=name, dtype=wide(tower.dtype), param_dtype=tower.param_dtype)(x)
 
 
-def trunk(tower: Tower, x: Float[Array, "B T D"], *inputs: Any, train: bool = False, **settings: Any) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+def trunk(tower: Tower, x: Float[Array, "B T D"], *inputs: Any, train: bool = False, **settings: Any) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
     """The `blocks` and the `norm` of a tower, called inside it.
 
     Args:
       inputs: what each block gets besides x (a mask); settings: further ones of `TransformerBlock`.
     Returns:
-      normalised tokens, and the intermediates of the blocks.
+      normalised tokens, and {"blocks": the intermediates of the blocks, "unnormalised": the tokens before the norm}.
     """
     block = partial(TransformerBlock, tower.num_heads, tower.mlp_dim, tower.activation, norm_eps=tower.norm_eps, dropout=tower.dropout,
                     softmax_dtype=tower.softmax_dtype, **tower.options, **settings)
     x, blocks = Stack(block, tower.depth, tower.scan, tower.remat, name="blocks")(x, *inputs, train=train)
-    return final_norm(tower, x), blocks
+    return final_norm(tower, x), {"blocks": blocks, "unnormalised": x}
 
 
 def projected(tower: Any, pooled: Float[Array, "... D"], kernel_init: str | float) -> Float[Array, "... E"]:

@@ -89,7 +89,8 @@ class Vit(Tower):
 
         if self.norm_before:
             x = final_norm(self, x, "norm_before")
-        x, out["blocks"] = trunk(self, x, train=train)
+        x, of_trunk = trunk(self, x, train=train)
+        out.update(of_trunk)
         out["tokens"] = x[:, class_tokens:]
 
         if self.pool == "map":

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.errors import ConfigError
-from vlm_jax.language.embeddings import Head, clean, look_up, read_inputs, visibility_of
+from vlm_jax.language.embeddings import Head, clean, look_up, read_inputs, tied_logits, visibility_of
 from vlm_jax.language.transformer import BlockSettings, Transformer, check_rope
 from vlm_jax.nn import Dropout, Linear, initializer
 from vlm_jax.nn.cache import Cache
 from vlm_jax.nn.linear import effective
 from vlm_jax.nn.precision import wide
+from vlm_jax.nn.stack import Inserted
 from vlm_jax.nn.visibility import Visibility
 from vlm_jax.settings import choose
 from vlm_jax.sharding.activations import constrain
@@ -48,6 +49,8 @@ class Decoder(nn.Module):
       window: positions that a token sees, itself included, in the layers that the repeating pattern `windowed` says; None: all.
       embed_dim: width of the token table and the head, with a projection to `width` and one back (OPT-350M).
       embed_scale: embeddings are multiplied by it.
+      new_tokens: ids from vocab_size on, with embeddings (and columns of the head, where it is not tied) of their own, `new_embedding` and `new_head`:
+        what a frozen model learns besides, and what IDEFICS stores apart.
       tied: the head is the token table.
       dropout: of embeddings, of what attention and MLP add, and in the MLP.
       scan, remat: see `nn.Stack`.
@@ -81,6 +84,7 @@ class Decoder(nn.Module):
     windowed: tuple[bool, ...] = (True,)
     embed_dim: int | None = None
     embed_scale: float | None = None
+    new_tokens: int = 0
     tied: bool = True
     dropout: float = 0.0
     scan: bool = True
@@ -114,6 +118,10 @@ class Decoder(nn.Module):
             self.project_in = Linear(self.width, use_bias=False, kernel_init="lecun_normal", out_dtype=wide(self.dtype), **options)
             self.project_out = Linear(width, use_bias=False, kernel_init="lecun_normal", **options)
         self.output_head = Head(self.vocab_size, "head" in self.biases, self.logits_soft_cap, name="head", **options)
+        if self.new_tokens:
+            self.new_embedding = self.param("new_embedding", initializer(width ** -0.5), (self.new_tokens, width), jnp.dtype(self.param_dtype))
+            if not self.tied:
+                self.new_output = Head(self.new_tokens, False, self.logits_soft_cap, name="new_head", **options)
         self.embedding_dropout = Dropout(self.dropout)
 
     def block_settings(self) -> BlockSettings:
@@ -136,13 +144,16 @@ class Decoder(nn.Module):
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings of tokens as `inputs["embeddings"]` takes them: scaled and projected, without positions. An id beyond the vocabulary gives NaN."""
         x = look_up(self.token_embedding, tokens, self.dtype)
+        if self.new_tokens:
+            x = jnp.where((tokens >= self.vocab_size)[..., None], look_up(self.new_embedding, tokens - self.vocab_size, self.dtype), x)
         if self.embed_dim not in (None, self.width):
             x = self.project_in(x)
         if self.embed_scale is not None:
             x = x * jnp.asarray(self.embed_scale, x.dtype)
         return constrain(x, "batch", "sequence", "embed")
 
-    def __call__(self, inputs: Mapping[str, Array], train: bool = False) -> tuple[Float[Array, "B T V"], dict[str, Any]]:
+    def __call__(self, inputs: Mapping[str, Array], train: bool = False,
+                 inserted: Inserted | None = None) -> tuple[Float[Array, "B T V"], dict[str, Any]]:
         """Predicts the token after each.
 
         Args:
@@ -150,23 +161,26 @@ class Decoder(nn.Module):
             anywhere in a row), "positions" (by default valid tokens are counted, in each segment anew), "prefix" [B, T] (tokens that all of their row
             read), "segment_ids" [B, T] (documents of one row, one after the other, that do not see each other).
           train: whether dropout is active.
+          inserted: blocks of others between the layers, see `nn.Stack`.
         Returns:
-          logits [B, T, V] float32 and {"hidden": what the head reads [B, T, D], "blocks": intermediates of the blocks, each with a leading layer axis}.
+          logits [B, T, V] float32, those of new tokens last, and {"hidden": what the head reads [B, T, D], "blocks": intermediates of the blocks, each with a
+          leading layer axis}.
         Raises:
           ConfigError: for inputs that do not fit the model or each other.
         """
         x, valid, positions = self._read(inputs, train)
         visibility = visibility_of(positions, inputs)
-        x, out = self.transformer(x, visibility, positions, train=train)
+        x, out = self.transformer(x, visibility, positions, train=train, inserted=inserted)
         hidden = self._hidden(x)
         return self._logits(hidden), {"hidden": hidden, "blocks": out["blocks"]}
 
-    def start(self, inputs: Mapping[str, Array], cache_length: int) -> tuple[Float[Array, "B V"], Cache]:
+    def start(self, inputs: Mapping[str, Array], cache_length: int, inserted: Inserted | None = None) -> tuple[Float[Array, "B V"], Cache]:
         """Reads a prompt.
 
         Args:
           inputs: as of `__call__`.
           cache_length: how many tokens the cache can hold, those to come included.
+          inserted: as of `__call__`.
         Returns:
           logits [B, V] of what comes after the last valid token of each row, and the cache to go on with.
         Raises:
@@ -179,18 +193,19 @@ class Decoder(nn.Module):
         cache = Cache.create(self.depth, len(x), cache_length, s.groups, s.head_size, self.dtype, ring=ring)
         cache, slots = cache.extend(valid, positions, fresh=True)
         visibility = visibility_of(positions, inputs)
-        x, out = self.transformer(x, visibility, positions, cache, slots)
+        x, out = self.transformer(x, visibility, positions, cache, slots, inserted=inserted)
         last = jnp.argmax(jnp.where(valid, jnp.arange(x.shape[1]), -1), axis=1)
         hidden = self._hidden(jnp.take_along_axis(x, last[:, None, None], axis=1))
         return self._logits(hidden)[:, 0], out["cache"]
 
     def extend(self, tokens: Int[Array, "B T"], cache: Cache, valid: Bool[Array, "B T"] | None = None,
-               embeddings: Float[Array, "B T D"] | None = None) -> tuple[Float[Array, "B T V"], Cache]:
+               embeddings: Float[Array, "B T D"] | None = None, inserted: Inserted | None = None) -> tuple[Float[Array, "B T V"], Cache]:
         """Reads further tokens of each row.
 
         Args:
           valid: False where a row has no token here; it writes nothing.
           embeddings: in the place of those of the tokens, see `embed`.
+          inserted: as of `__call__`.
         Returns:
           logits [B, T, V] of what comes after each token, and the cache that holds them too.
         """
@@ -198,13 +213,18 @@ class Decoder(nn.Module):
         cache, slots = cache.extend(valid)
         x = self.embed(tokens) if embeddings is None else embeddings.astype(wide(self.dtype))
         x = self._positioned(x, valid, slots.position)
-        x, out = self.transformer(x, Visibility(slots.position, slots.key_position), slots.position, cache, slots)
+        x, out = self.transformer(x, Visibility(slots.position, slots.key_position), slots.position, cache, slots, inserted=inserted)
         return self._logits(self._hidden(x)), out["cache"]
 
     def head(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """{"kernel", "tied", "bias", "soft_cap"} of the parameters, as `losses.vocabulary_loss` takes them beside "hidden"."""
         own = effective(params.get("head", {}))
-        return dict(kernel=params["token_embedding"] if self.tied else own["kernel"], tied=self.tied, bias=own.get("bias"), soft_cap=self.logits_soft_cap)
+        kernel, bias = params["token_embedding"] if self.tied else own["kernel"], own.get("bias")
+        if self.new_tokens:
+            new = params["new_embedding"] if self.tied else effective(params["new_head"])["kernel"]
+            kernel = jnp.concatenate([kernel, new.astype(kernel.dtype)], axis=0 if self.tied else 1)
+            bias = None if bias is None else jnp.pad(bias, (0, self.new_tokens))
+        return dict(kernel=kernel, tied=self.tied, bias=bias, soft_cap=self.logits_soft_cap)
 
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
         """{"tokens": (T,)} of one example; any other length will do."""
@@ -229,4 +249,8 @@ class Decoder(nn.Module):
         return x.astype(self.dtype) if self.embed_dim in (None, self.width) else self.project_out(x)
 
     def _logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
-        return self.output_head(hidden, self.token_embedding if self.tied else None)
+        logits = self.output_head(hidden, self.token_embedding if self.tied else None)
+        if not self.new_tokens:
+            return logits
+        new = tied_logits(hidden, self.new_embedding, self.logits_soft_cap) if self.tied else self.new_output(hidden)
+        return constrain(jnp.concatenate([logits, new], axis=-1), "batch", "sequence", "vocab")

@@ -102,9 +102,16 @@ class Head(nn.Module):
             nn.share_scope(self, linear)
             logits = linear(hidden)
         else:
-            logits = jnp.einsum("btd,vd->btv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+            logits = tied_logits(hidden, table)
             if self.use_bias:
                 logits += self.param("bias", nn.initializers.zeros, (self.vocab_size,), jnp.dtype(self.param_dtype)).astype(jnp.float32)
-        if self.soft_cap is not None:
-            logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
-        return constrain(logits, "batch", "sequence", "vocab")
+        return constrain(_capped(logits, self.soft_cap), "batch", "sequence", "vocab")
+
+
+def tied_logits(hidden: Float[Array, "B T D"], table: Float[Array, "V D"], soft_cap: float | None = None) -> Float[Array, "B T V"]:
+    """hidden @ table^T in float32, capped."""
+    return _capped(jnp.einsum("btd,vd->btv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32), soft_cap)
+
+
+def _capped(logits: Float[Array, "B T V"], soft_cap: float | None) -> Float[Array, "B T V"]:
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)

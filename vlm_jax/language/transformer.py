@@ -23,6 +23,7 @@ from vlm_jax.nn.cache import Cache, Slots
 from vlm_jax.nn.linear import added_dtype
 from vlm_jax.nn.precision import wide
 from vlm_jax.nn.rotary import apply_rotary, check_rotary, rotary
+from vlm_jax.nn.stack import Inserted
 from vlm_jax.nn.visibility import Visibility
 from vlm_jax.settings import call, choose
 from vlm_jax.sharding.activations import constrain
@@ -100,7 +101,7 @@ class BlockSettings:
 
     @property
     def options(self) -> dict[str, str]:
-        """The dtypes, as the parts take them."""
+        """The dtypes, as parts whose output is rounded take them."""
         return dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
 
@@ -131,7 +132,7 @@ class LanguageAttention(nn.Module):
 
         def project(name: str, heads: int, of: Array, tokens: str) -> Array:
             # Products of queries and keys begin with a variance of one after `scale`, whatever it is.
-            std = s.width ** -0.5 * (s.head_size ** -0.5 / s.scale if name == "query" else 1.0)
+            std = of.shape[-1] ** -0.5 * (s.head_size ** -0.5 / s.scale if name == "query" else 1.0)
             y = split_heads(Linear((heads, s.head_size), use_bias=name in s.biases, kernel_init=std, name=name, **s.options)(of), tokens)
             return y if s.clip_qkv is None else jnp.clip(y, -s.clip_qkv, s.clip_qkv)
 
@@ -259,7 +260,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], visibility: Visibility, positions: Int[Array, "B T"], cache: Cache | None = None,
                  slots: Slots | None = None, encoded: tuple[Float[Array, "B M D"], Bool[Array, "B M"]] | None = None,
-                 train: bool = False) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+                 train: bool = False, inserted: Inserted | None = None) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
         """Args:
           x: embeddings.
           visibility: of the tokens; with a cache its keys are those of `slots.key_position`.
@@ -267,8 +268,10 @@ class Transformer(nn.Module):
           cache, slots: what `Cache.extend` returned for these tokens.
           encoded: states of an encoder and which are valid; with a cache that has its keys and values, None.
           train: whether dropout is active.
+          inserted: blocks of others between these.
         Returns:
-          x, float32 whatever the products are, and {"blocks": {name: [L, ...]}, "cache": the cache, where one is given}.
+          x, float32 whatever the products are, and {"blocks": {name: [L, ...], perhaps "inserted": those of the inserted blocks}, "cache": the cache, where one
+          is given}.
         """
         s = self.settings
         local = self.window_pattern()
@@ -290,7 +293,7 @@ class Transformer(nn.Module):
         stack = Stack(partial(LanguageBlock, s), self.depth, self.scan, self.remat, name="blocks")
         layered = cache is not None and isinstance(cache.key, tuple)
         state = cache.stacked() if layered and self.scan else cache
-        x, blocks, *after = stack(x, shared, per_layer=per_layer or None, state=state, train=train)
+        x, blocks, *after = stack(x, shared, per_layer=per_layer or None, state=state, inserted=inserted, train=train)
         if self.final_norm:
             x = norm(s.norm, s.norm_eps, dtype=wide(s.dtype), param_dtype=s.param_dtype, name="norm")(x)
         out = {"blocks": blocks}

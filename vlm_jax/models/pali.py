@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from vlm_jax.language.encoder_decoder import EncoderDecoder
-from vlm_jax.models.vision_language import VisionLanguage
+from vlm_jax.models.vision_language import Projected
 from vlm_jax.models.visual_tokens import encode_images, place
 
 
-class Pali(VisionLanguage):
+class Pali(Projected):
     """An image tower, a projection and an encoder-decoder whose encoder reads the image tokens and the text together.
 
     `inputs` are those of `EncoderDecoder` with `images [B, N, H, W, 3]` (pictures or frames, one after the other), or `patches [B, P, K]` for
@@ -20,14 +20,14 @@ class Pali(VisionLanguage):
     encoder-decoder alone.
 
     Attributes:
-      image, language, projection, ...: see `VisionLanguage`; the tower is a `Vit` or a `FlexibleVit`, the language model an `EncoderDecoder`.
+      image, language, projection, ...: see `Projected`; the tower is a `Vit` or a `FlexibleVit`, the language model an `EncoderDecoder`.
       patching: "grid", or "flexible" for pictures in their own aspect ratio.
     """
     patching: str = "grid"
     language_class = EncoderDecoder
 
     def embedded(self, inputs: Mapping[str, Array], train: bool = False) -> tuple[dict[str, Array], dict[str, Array]]:
-        """See `VisionLanguage.embedded`."""
+        """See `Projected.embedded`."""
         inputs = dict(inputs)
         slots = inputs.pop("slots", None)
         pictures = "patches" if self.patching == "flexible" else "images"

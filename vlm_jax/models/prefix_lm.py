@@ -8,12 +8,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.language.decoder import Decoder
-from vlm_jax.models.vision_language import VisionLanguage
+from vlm_jax.models.vision_language import Projected
 from vlm_jax.models.visual_tokens import encode_images, place
 from vlm_jax.nn.cache import Cache
 
 
-class PrefixLM(VisionLanguage):
+class PrefixLM(Projected):
     """An image tower, a projection and a decoder.
 
     Tokens of the pictures, normalised and not pooled, are projected to the decoder's width and stand where `slots` says. They are not multiplied by
@@ -23,7 +23,7 @@ class PrefixLM(VisionLanguage):
     `inputs` are those of `Decoder` with `images [B, N, H, W, 3]` and `slots [B, T]`: -1 for text, or which of the N * patches image tokens of its row
     stands here. Without images it is the decoder alone.
 
-    Its attributes are those of `VisionLanguage`; the tower is a `Vit`, the language model a `Decoder`.
+    Its attributes are those of `Projected`; the tower is a `Vit`, the language model a `Decoder`.
 
     Raises:
       ConfigError: for settings that a part does not take, or images without slots.
@@ -39,7 +39,7 @@ class PrefixLM(VisionLanguage):
         return self.language_model.extend(tokens, cache, valid, inputs["embeddings"])
 
     def embedded(self, inputs: Mapping[str, Array], train: bool = False) -> tuple[dict[str, Array], dict[str, Array]]:
-        """See `VisionLanguage.embedded`."""
+        """See `Projected.embedded`."""
         inputs = dict(inputs)
         slots = inputs.pop("slots", None)
         if "images" not in inputs:

@@ -12,16 +12,14 @@ from vlm_jax.settings import call, choose
 
 
 class VisionLanguage(nn.Module):
-    """The common part of `PrefixLM` and `Pali`. A subclass says which `language_model` it has, and in `embedded` where the image tokens go.
+    """The common part of all of them: a tower and a language model, of the class that a subclass says.
 
     Attributes:
       image, language: settings of the tower (`variant="So400m/14"` stands for sizes) and of the language model.
-      projection: a name of `visual_tokens.PROJECTIONS`.
       scan, remat, dtype, param_dtype, softmax_dtype: of both parts, unless their settings say otherwise.
     """
     image: Mapping[str, Any]
     language: Mapping[str, Any]
-    projection: str = "linear"
     scan: bool = True
     remat: str = "none"
     dtype: str = "float32"
@@ -40,10 +38,38 @@ class VisionLanguage(nn.Module):
     def setup(self):
         self.image_tower = image_tower(self, self.patching, name="image")
         self.language_model = self._language(name="language")
-        self.projector = choose(PROJECTIONS, self.projection, "model.projection")(self.language_model.width, self, "projection")
 
     def _language(self, **given: Any) -> Any:
         return call(self.language_class, with_shared(self.language, self), "model.language", **given)
+
+    def head(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of `vocabulary_loss` that turn hidden states into logits."""
+        return self._language(parent=None).head(params["language"])
+
+    def parts(self) -> tuple[nn.Module, Any]:
+        """The image tower and the language model, unbound: what their settings resolve to."""
+        return image_tower(self, self.patching, parent=None), self._language(parent=None)
+
+    def image_tokens(self) -> int:
+        """Tokens of one picture of the size that the tower is made for; with flexible patches, at most."""
+        tower = self.parts()[0]
+        if self.patching == "flexible":
+            return tower.max_patches
+        down, across = tower.grid()
+        return down * across
+
+
+class Projected(VisionLanguage):
+    """The common part of `PrefixLM` and `Pali`, whose image tokens stand among the embeddings of the text; a subclass says in `embedded` where.
+
+    Attributes:
+      projection: a name of `visual_tokens.PROJECTIONS`.
+    """
+    projection: str = "linear"
+
+    def setup(self):
+        super().setup()
+        self.projector = choose(PROJECTIONS, self.projection, "model.projection")(self.language_model.width, self, "projection")
 
     def embedded(self, inputs: Mapping[str, Array], train: bool = False) -> tuple[dict[str, Array], dict[str, Array]]:
         """Returns the inputs of the language model, with image tokens among the embeddings, and the tower's intermediates."""
@@ -62,19 +88,3 @@ class VisionLanguage(nn.Module):
     def extend(self, tokens: Int[Array, "B T"], cache: Cache, valid: Bool[Array, "B T"] | None = None) -> tuple[Float[Array, "B T V"], Cache]:
         """Goes on with tokens of text; see `extend` of the language model."""
         return self.language_model.extend(tokens, cache, valid)
-
-    def head(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of `vocabulary_loss` that turn hidden states into logits."""
-        return self._language(parent=None).head(params["language"])
-
-    def parts(self) -> tuple[nn.Module, Any]:
-        """The image tower and the language model, unbound: what their settings resolve to."""
-        return image_tower(self, self.patching, parent=None), self._language(parent=None)
-
-    def image_tokens(self) -> int:
-        """Tokens of one picture of the size that the tower is made for; with flexible patches, at most."""
-        tower = self.parts()[0]
-        if self.patching == "flexible":
-            return tower.max_patches
-        down, across = tower.grid()
-        return down * across

@@ -25,15 +25,16 @@ def with_shared(settings: Mapping[str, Any], model: nn.Module) -> dict[str, Any]
     return {**{name: getattr(model, name) for name in SHARED}, **settings}
 
 
-def image_tower(model: nn.Module, patching: str = "grid", **given: Any) -> nn.Module:
-    """The tower that `model.image` describes; `variant="So400m/14"` stands for the sizes of that name. All its tokens are read, so it does not pool."""
+def image_tower(model: nn.Module, patching: str = "grid", pools: bool = False, **given: Any) -> nn.Module:
+    """The tower that `model.image` describes; `variant="So400m/14"` stands for the sizes of that name. All its tokens are read, so it does not pool; with
+    `pools` it may, for the sake of a class token."""
     settings = dict(model.image)
     size = settings.pop("variant", None)
     if size is not None:
         settings = {**variant(size), **settings}
     if patching == "grid":
         settings.setdefault("pool", "none")
-        if settings["pool"] != "none":
+        if settings["pool"] != "none" and not pools:
             raise ConfigError(f'model.image.pool is "{settings["pool"]}", but the language model reads every token; leave the setting out.')
     return call(choose(TOWERS, patching, "model.patching"), with_shared(settings, model), "model.image", **given)
 

@@ -55,7 +55,8 @@ class Cache:
       index: the slot that the next token of each row takes (in a ring modulo S).
       next_position: of the next token of each row.
       written: tokens of each row that the last `extend` wrote.
-      encoded: (keys [L, B, M, K, D], values, valid [B, M]) of an encoder, which are only read.
+      encoded: (keys [L, B, M, K, D], values, valid [B, M]) of an encoder, or of pictures for the blocks inserted between the layers; they are only read.
+      media: which of the pictures each row read last (-1: none yet), where `encoded` is of pictures.
       ring: slots are taken round and round; for models all of whose layers have a window of at most S. A ring from which `keep` takes tokens back (speculative
         decoding) needs S to be the window plus the tokens of one extension, since what was written over is gone.
     """
@@ -66,6 +67,7 @@ class Cache:
     next_position: Int[Array, "B"]
     written: Int[Array, "B"]
     encoded: tuple[Float[Array, "L B M K D"], Float[Array, "L B M K D"], Bool[Array, "B M"]] | None = None
+    media: Int[Array, "B"] | None = None
     ring: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
@@ -80,7 +82,7 @@ class Cache:
             raise ConfigError(f"cache: a length of {length} slots holds no token; choose a positive cache_length.")
         zeros = constrain(jnp.zeros((depth, batch, length, num_kv_heads, head_dim), dtype), *AXES)
         row = jnp.zeros((batch,), jnp.int32)
-        return cls(zeros, zeros, jnp.full((batch, length), -1, jnp.int32), row, row, row, encoded, ring)
+        return cls(zeros, zeros, jnp.full((batch, length), -1, jnp.int32), row, row, row, encoded, ring=ring)
 
     @property
     def length(self) -> int:
@@ -151,7 +153,8 @@ class Cache:
         encoded = self.encoded
         if encoded is not None:
             encoded = of_layers(encoded[0]), of_layers(encoded[1]), jnp.take(encoded[2], index, axis=0)
-        one = {name: jnp.take(getattr(self, name), index, axis=0) for name in ("position", "index", "next_position", "written")}
+        rows = ("position", "index", "next_position", "written", *(("media",) if self.media is not None else ()))
+        one = {name: jnp.take(getattr(self, name), index, axis=0) for name in rows}
         return self.replace(key=of_layers(self.key), value=of_layers(self.value), encoded=encoded, **one)
 
     def keep(self, count: Int[Array, "B"]) -> "Cache":

@@ -1,5 +1,6 @@
 """A stack of equal blocks whose parameters are stored with a leading layer axis, run by `lax.scan` or as an unrolled loop over slices."""
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
@@ -94,17 +95,47 @@ def _is_layers(leaf: Any) -> bool:
     return isinstance(leaf, tuple)
 
 
-def _layers_of(params: Any, per_layer: Any, depth: int) -> list[Any]:
-    """(parameters, settings) of each layer; the parameters are arrays with a layer axis, or tuples."""
-    if not any(map(_is_layers, jax.tree.leaves(params, is_leaf=_is_layers))):
-        return _layers((params, per_layer))
-    settings = _layers(per_layer) if per_layer is not None else [None] * depth
-    leaves, structure = jax.tree.flatten(params, is_leaf=_is_layers)
-    return [(structure.unflatten([leaf[i] for leaf in leaves]), settings[i]) for i in range(depth)]
+def _has_layers(data: Any) -> bool:
+    """Whether arrays are given as tuples of layers (`unstacked`)."""
+    return any(map(_is_layers, jax.tree.leaves(data, is_leaf=_is_layers)))
+
+
+def layers_of(data: Any, depth: int) -> list[Any]:
+    """The part of each layer; leaves are arrays with a layer axis, or tuples."""
+    if not _has_layers(data):
+        return _layers(data)
+    leaves, structure = jax.tree.flatten(data, is_leaf=_is_layers)
+    return [structure.unflatten([leaf[i] for leaf in leaves]) for i in range(depth)]
 
 
 def _stack(trees: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inserted:
+    """Blocks with parameters of their own that stand before some layers of another stack (made by `Stack.inserted`).
+
+    Attributes:
+      places: the layers before which they stand, equally far apart.
+      params: theirs, with a leading axis of `len(places)`, or with tuples in the place of arrays.
+      apply: (the parameters of one, x, its number) -> (x, {name: array}).
+    """
+    places: tuple[int, ...]
+    params: Any
+    apply: Callable[[Any, Array, Any], tuple[Array, dict[str, Array]]]
+
+
+def inserted_places(depth: int, every: int, first: int = 0) -> tuple[int, ...]:
+    """The layers `first`, `first + every`, ... of a stack of `depth`.
+
+    Raises:
+      ConfigError: where that is none.
+    """
+    if every < 1 or not 0 <= first < depth:
+        raise ConfigError(f"every={every}, first={first}: blocks cannot stand there in a stack of {depth} layers; "
+                          f"choose every of at least 1 and first from 0 to {depth - 1}.")
+    return tuple(range(first, depth, every))
 
 
 class Stack(nn.Module):
@@ -123,8 +154,7 @@ class Stack(nn.Module):
     scan: bool = True
     remat: str = "none"
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "..."], *inputs: Any, per_layer: Any = None, state: Any = None,
+    def __call__(self, x: Float[Array, "..."], *inputs: Any, per_layer: Any = None, state: Any = None, inserted: Inserted | None = None,
                  **options: Any) -> tuple[Float[Array, "..."], dict[str, Array]] | tuple[Float[Array, "..."], dict[str, Array], Any]:
         """Runs the blocks.
 
@@ -136,13 +166,14 @@ class Stack(nn.Module):
           state: a pytree that the blocks read and change in turn (a cache of keys and values, which must be one object to be updated in place); where given,
             each block is called with `state=` what the block before it returned and `layer=` its index (an int where unrolled, a traced scalar in a scan) and
             returns (x, {name: array}, state) with a state of the same shapes and dtypes.
+          inserted: blocks that stand between these.
 
         Returns:
-          x after the last block, and {"output": x after every block [L, ...], name: the blocks' own intermediates [L, ...]}; and the state, where one is given.
+          x after the last block, and {"output": x after every block [L, ...], name: the blocks' own intermediates [L, ...]}, with "inserted": those of the
+          inserted blocks; and the state, where one is given.
         Raises:
           ConfigError: if a leaf of `per_layer` does not have `depth` rows.
         """
-        policy = remat_policy(self.remat)
         block = self.block(parent=None)
         for path, leaf in jax.tree_util.tree_leaves_with_path(per_layer):
             if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != self.depth:
@@ -153,14 +184,8 @@ class Stack(nn.Module):
             extra = {} if per_layer is None else {"per_layer": of_layer}
             return {**options, **extra, **({} if state is None else {"state": state, "layer": index})}
 
-        if self.is_initializing() and not self.variables.get("params"):
-            keys = jax.random.split(self.make_rng("params"), self.depth)
-            first = settings(0, jax.tree.map(lambda leaf: leaf[0], per_layer), state)
-            made = jax.vmap(lambda key: block.init({"params": key, "dropout": key}, x, *inputs, **first)["params"])(keys)
-            for name, value in made.items():
-                self.put_variable("params", name, value)
-        params = dict(self.variables["params"])
-        unrolled = not self.scan or any(map(_is_layers, jax.tree.leaves(params, is_leaf=_is_layers)))
+        params = self._parameters(x, inputs, settings(0, jax.tree.map(lambda leaf: leaf[0], per_layer), state))
+        unrolled = not self.scan or _has_layers(params)
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
 
         def apply(carry, layer, index):
@@ -171,15 +196,121 @@ class Stack(nn.Module):
             x, intermediates, *after = out if isinstance(out, tuple) else (out, {})
             return (x, after[0] if after else state), {"output": x, **intermediates}
 
-        if self.remat != "none":
-            # Inside a scan the loop itself keeps the compiler from merging the second computation with the first. The index of an unrolled layer stays an int.
-            apply = jax.checkpoint(apply, policy=policy, prevent_cse=unrolled, static_argnums=() if not unrolled else (2,))
-        if not unrolled:
-            (x, state_after), every = lax.scan(lambda carry, xs: apply(carry, *xs), (x, state), ((params, per_layer), jnp.arange(self.depth)))
-        else:
-            carry, every_layer = (x, state), []
-            for index, layer in enumerate(_layers_of(params, per_layer, self.depth)):
-                carry, intermediates = apply(carry, layer, index)
-                every_layer.append(intermediates)
-            (x, state_after), every = carry, _stack(every_layer)
+        def insert(carry, layer, index):
+            x, intermediates = inserted.apply(layer, carry[0], index)
+            return (x, carry[1]), intermediates
+
+        layers = _Layers(self._remat(apply, unrolled), [params, per_layer], self.depth)
+        between = None if inserted is None else _Layers(self._remat(insert, unrolled), inserted.params, len(inserted.places))
+        run = _unroll if unrolled else _scan
+        (x, state_after), every = run((x, state), layers, between, inserted.places if inserted else ())
         return (x, every) if state is None else (x, every, state_after)
+
+    def inserted(self, places: Sequence[int], x: Float[Array, "..."], *inputs: Any, **options: Any) -> Inserted:
+        """These blocks as what another stack runs before its layers `places`, one each; a block gets `layer=` its number besides inputs and options.
+
+        Raises:
+          ConfigError: if the places are not as many as the blocks, or not equally far apart.
+        """
+        places = tuple(places)
+        if len(places) != self.depth or len({after - before for before, after in zip(places, places[1:])}) > 1:
+            raise ConfigError(f"Stack: {self.depth} blocks cannot stand before the layers {places}; give one place for each, equally far apart.")
+        block = self.block(parent=None)
+        params = self._parameters(x, inputs, {**options, "layer": 0})
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+
+        def apply(layer, x, index):
+            rngs = None if key is None else {"dropout": jax.random.fold_in(key, index)}
+            return block.apply({"params": layer}, x, *inputs, rngs=rngs, layer=index, **options)
+        return Inserted(places, params, apply)
+
+    def _parameters(self, x: Any, inputs: tuple, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters, which are made where the stack is initialised; `options`: what the first block is called with."""
+        if self.is_initializing() and not self.variables.get("params"):
+            block = self.block(parent=None)
+            keys = jax.random.split(self.make_rng("params"), self.depth)
+            made = jax.vmap(lambda key: block.init({"params": key, "dropout": key}, x, *inputs, **options)["params"])(keys)
+            for name, value in made.items():
+                self.put_variable("params", name, value)
+        return dict(self.variables["params"])
+
+    def _remat(self, apply: Callable, unrolled: bool) -> Callable:
+        """`apply` whose intermediates the backward pass computes again, as the policy says."""
+        policy = remat_policy(self.remat)
+        if self.remat == "none":
+            return apply
+        # Inside a scan the loop itself keeps the compiler from merging the second computation with the first. The index of an unrolled layer stays an int.
+        return jax.checkpoint(apply, policy=policy, prevent_cse=unrolled, static_argnums=() if not unrolled else (2,))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+    """`apply(carry, data of one layer, its index) -> (carry, {name: array})`, and the data of `depth` layers with a leading axis."""
+    apply: Callable
+    data: Any
+    depth: int
+
+    def one(self, carry: Any, index: int) -> tuple[Any, Any]:
+        """Applies one layer; its intermediates have a leading axis of one."""
+        carry, made = self.apply(carry, jax.tree.map(lambda leaf: leaf[index], self.data), jnp.asarray(index))
+        return carry, jax.tree.map(lambda leaf: leaf[None], made)
+
+    def run(self, carry: Any, begin: int, end: int) -> tuple[Any, list[Any]]:
+        """Applies the layers from `begin` to `end` in a loop; a list of none or one tree of intermediates."""
+        if begin == end:
+            return carry, []
+        carry, made = lax.scan(lambda carry, xs: self.apply(carry, *xs), carry, (_part(self.data, begin, end, self.depth), jnp.arange(begin, end)))
+        return carry, [made]
+
+
+def _scan(carry: Any, layers: _Layers, between: _Layers | None, places: tuple[int, ...]) -> tuple[Any, dict[str, Any]]:
+    """Runs the layers in a loop; with blocks between them in a loop over groups, of one such block and the layers up to the next."""
+    if between is None:
+        carry, made = layers.run(carry, 0, layers.depth)
+        return carry, made[0]
+    borders = [*places, layers.depth]
+    size = borders[1] - borders[0]
+    whole = len(places) if borders[-1] - borders[-2] == size else len(places) - 1   # the last group may have fewer layers
+    carry, every = layers.run(carry, 0, places[0])
+    inserted = []
+    if whole:
+        first = places[0]
+
+        def group(carry, xs):
+            block, inner, number = xs
+            carry, of_block = between.apply(carry, block, number)
+            carry, of_layers = lax.scan(lambda carry, xs: layers.apply(carry, *xs), carry, (inner, first + number * size + jnp.arange(size)))
+            return carry, (of_block, of_layers)
+
+        inner = jax.tree.map(lambda leaf: leaf.reshape(whole, size, *leaf.shape[1:]), _part(layers.data, first, first + whole * size, layers.depth))
+        carry, (of_block, of_layers) = lax.scan(group, carry, (_part(between.data, 0, whole, between.depth), inner, jnp.arange(whole)))
+        inserted.append(of_block)
+        every.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), of_layers))
+    if whole < len(places):
+        carry, of_block = between.one(carry, whole)
+        inserted.append(of_block)
+        carry, made = layers.run(carry, places[-1], layers.depth)
+        every += made
+    return carry, {**_joined(every), "inserted": _joined(inserted)}
+
+
+def _unroll(carry: Any, layers: _Layers, between: _Layers | None, places: tuple[int, ...]) -> tuple[Any, dict[str, Any]]:
+    """Runs the layers, and the blocks between them, one after the other."""
+    blocks = [] if between is None else layers_of(between.data, between.depth)
+    every, inserted = [], []
+    for index, layer in enumerate(layers_of(layers.data, layers.depth)):
+        if index in places:
+            number = places.index(index)
+            carry, made = between.apply(carry, blocks[number], number)
+            inserted.append(made)
+        carry, made = layers.apply(carry, layer, index)
+        every.append(made)
+    return carry, {**_stack(every), **({} if between is None else {"inserted": _stack(inserted)})}
+
+
+def _part(data: Any, begin: int, end: int, depth: int) -> Any:
+    return data if (begin, end) == (0, depth) else jax.tree.map(lambda leaf: leaf[begin:end], data)
+
+
+def _joined(parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)

@@ -158,10 +158,10 @@ class GenerationTask:
 
 
 def plain_heads(params: Any) -> Any:
-    """Returns `params` with adapters and int8 scales of modules called `head` worked into their kernels, which the loss reads by themselves."""
+    """Returns `params` with adapters and int8 scales of the heads worked into their kernels, which the loss reads by themselves."""
     if not isinstance(params, Mapping):
         return params
-    return {name: effective(value) if name == "head" and isinstance(value, Mapping) and "kernel" in value else plain_heads(value)
+    return {name: effective(value) if name in ("head", "new_head") and isinstance(value, Mapping) and "kernel" in value else plain_heads(value)
             for name, value in params.items()}
 
 
