@@ -10,6 +10,7 @@ from vlm_jax.settings import call, choose, plain
 # family -> (class, table of presets), each as (module, name)
 FAMILIES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
     "vit": (("vlm_jax.encoders.vit", "Vit"), ("vlm_jax.encoders.vit_presets", "VIT")),
+    "nfnet": (("vlm_jax.encoders.nfnet", "NFNet"), ("vlm_jax.encoders.nfnet_presets", "NFNET")),
     "naflex_vit": (("vlm_jax.encoders.naflex_vit", "NaflexVit"), ("vlm_jax.encoders.vit_presets", "NAFLEX")),
     "text": (("vlm_jax.encoders.text", "TextTransformer"), ("vlm_jax.encoders.vit_presets", "TEXT")),
     "siglip": (("vlm_jax.models.dual_encoder", "DualEncoder"), ("vlm_jax.models.dual_encoder_presets", "SIGLIP")),

@@ -14,3 +14,8 @@ def test_variants():
 def test_errors(name, message):
     with pytest.raises(ConfigError, match=message):
         variant(name)
+
+
+def test_convolutional_towers():
+    assert variant("F6") == dict(depths=(7, 14, 42, 21), dropout=0.5) and variant("F0")["dropout"] == 0.2
+    assert variant("NF-ResNet-50")["depths"] == (3, 4, 6, 3) and variant("NF-ResNet-101")["depths"] == (3, 4, 23, 3)

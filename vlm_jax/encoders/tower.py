@@ -46,6 +46,11 @@ class Tower(nn.Module):
         """The dtypes of a `Linear` whose output is a part of the stream, which is float32."""
         return dict(self.options, out_dtype=wide(self.dtype))
 
+    @property
+    def out_width(self) -> int:
+        """The width of what it returns."""
+        return self.width if getattr(self, "projection", None) is None else self.embed_dim
+
 
 def final_norm(tower: Tower, x: Float[Array, "B T D"], name: str = "norm") -> Float[Array, "B T D"]:
     """A norm over the stream of a tower, called inside it."""

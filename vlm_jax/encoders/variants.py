@@ -1,9 +1,11 @@
-"""Sizes of transformers by name.
+"""Sizes of towers by name.
 
 Sources: Ti, S, B, L, H, g, G: Zhai et al., "Scaling Vision Transformers" (2022), table 2; Steiner et al., "How to train your ViT?" (2021), table 1;
 So400m: Alabdulmohsin et al., "Getting ViT in Shape" (2023), section 5; M (a size between S and B): the table of the big_vision code;
 g-opt: Tschannen et al., "SigLIP 2" (2025), whose released tower has these sizes;
-e: Chen et al., "PaLI" (2022), table 1; 22B: Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters" (2023), table 1.
+e: Chen et al., "PaLI" (2022), table 1; 22B: Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters" (2023), table 1;
+F0 to F6: Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization" (2021), table 1 (depths, and the dropout before a classifier);
+NF-ResNets: Brock et al., "Characterizing signal propagation to close the performance gap in unnormalized ResNets" (2021), and its released code.
 """
 from typing import Any
 
@@ -25,15 +27,31 @@ VARIANTS: dict[str, dict[str, int]] = {
     "22B": dict(width=6144, depth=48, mlp_dim=24_576, num_heads=48),
 }
 
+# What an NF-ResNet has otherwise than an NFNet; with it `encoders.nfnet.NFNet` is an NF-ResNet-50.
+NF_RESNET: dict[str, Any] = dict(widths=(256, 512, 1024, 2048), depths=(3, 4, 6, 3), stem="pool", bottleneck=0.25, group_size=None, middle=1, shortcut="stride",
+                                 squeeze=None, final_ratio=None, activation="relu", stochastic_depth=0.1)
+
+
+def _nfnet(number: int, dropout: float) -> dict[str, Any]:
+    return dict(depths=tuple((number + 1) * depth for depth in (1, 2, 6, 3)), dropout=dropout)
+
+
+# Convolutional towers, `encoders.nfnet.NFNet`.
+NFNETS: dict[str, dict[str, Any]] = {
+    **{f"F{number}": _nfnet(number, dropout) for number, dropout in enumerate((0.2, 0.3, 0.4, 0.4, 0.5, 0.5, 0.5))},
+    "NF-ResNet-50": NF_RESNET,
+    "NF-ResNet-101": dict(NF_RESNET, depths=(3, 4, 23, 3)),
+}
+
 
 def variant(name: str) -> dict[str, Any]:
-    """The settings that a name stands for: "B" or "B/16"; with a patch size for the latter.
+    """The settings that a name stands for: "B" or "B/16", with a patch size for the latter; "F6", "NF-ResNet-50".
 
     Raises:
       ConfigError: for an unknown size or a patch that is not a positive whole number.
     """
     size, slash, patch = name.partition("/")
-    settings: dict[str, Any] = dict(choose(VARIANTS, size, "variant"))
+    settings: dict[str, Any] = dict(choose({**VARIANTS, **NFNETS}, size, "variant"))
     if slash:
         if not patch.isdigit() or int(patch) == 0:
             raise ConfigError(f'variant: "{name}" names the patch size "{patch}"; write a whole number, as in "{size}/16".')

@@ -5,6 +5,7 @@ from vlm_jax.nn.attention import SelfAttention, allowed_keys, attention, attenti
 from vlm_jax.nn.biases import RelativeBias, alibi, alibi_slopes, relative_buckets
 from vlm_jax.nn.block import BlockInit, TransformerBlock
 from vlm_jax.nn.cache import Cache, Slots
+from vlm_jax.nn.convolution import StandardizedConv, convolution
 from vlm_jax.nn.dropout import Dropout, PatchDropout
 from vlm_jax.nn.initializers import initializer
 from vlm_jax.nn.linear import Linear
@@ -18,8 +19,8 @@ from vlm_jax.nn.visibility import Visibility, positions_of
 
 __all__ = [
     "ACTIVATIONS", "AttentionPooling", "BlockInit", "Cache", "Dropout", "LayerNorm", "Linear", "Mlp", "NORMS", "PatchDropout", "REMAT_POLICIES",
-    "RelativeBias", "RmsNorm",
-    "SelfAttention", "Slots", "Stack", "TransformerBlock", "Visibility", "alibi", "alibi_slopes", "allowed_keys", "apply_rotary", "attention",
-    "attention_weights", "check_rotary", "gelu", "gelu_tanh", "initializer", "layer_norm", "norm", "pool", "positions_of", "quick_gelu",
+    "RelativeBias", "RmsNorm", "SelfAttention", "Slots", "Stack", "StandardizedConv", "TransformerBlock", "Visibility", "alibi", "alibi_slopes",
+    "allowed_keys", "apply_rotary", "attention", "attention_weights", "check_rotary", "convolution", "gelu", "gelu_tanh", "initializer", "layer_norm", "norm",
+    "pool", "positions_of", "quick_gelu",
     "relative_buckets", "resample_positions", "rms_norm", "rotary", "sincos2d", "squared_relu",
 ]
