@@ -1,7 +1,7 @@
 """SigLIP So400m/14 at 224 px on WebLI, or on your own webdataset shards. Zhai et al. 2023.
 
 Launch:   python -m vlm_jax.train --config "configs/siglip/so400m14_webli.py:shards=/mnt/{000000..009999}.tar,tokenizer=c4_en.model" --workdir gs://BUCKET/run
-          (shards are files, local or mounted as by gcsfuse; the quotes keep the shell from expanding the braces)
+          (shards are local files or on gs://, then with gcsfs installed; the quotes keep the shell from expanding the braces)
           (ImageNet's zero-shot evaluation reads its set from data_dir and readable names from class_names: docs/data.md)
 Expected: ImageNet zero-shot top-1 82.2 (quoted, big_vision README). Measured: not trained by us.
 Try here: python -m vlm_jax.train --config configs/siglip/so400m14_webli.py:variant=test --workdir runs/so400m14_webli
