@@ -4,12 +4,19 @@ from typing import Any
 
 import ml_collections as ml
 
+from vlm_jax.evaluation.class_names import ENSEMBLE, WORDNET
 from vlm_jax.sharding.layouts import layout
+from vlm_jax.training.config import parse_arg
 
 # Radford et al. 2021, the statistics that the released models were trained with.
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 CLIP_VALUES = [["value_range", {"low": 0.0, "high": 1.0}], ["normalize", {"mean": CLIP_MEAN, "std": CLIP_STD}]]
+
+
+def published_arg(arg: str | None, shards: str, tokenizer: str) -> ml.ConfigDict:
+    """Reads the argument of a published recipe for pairs: variant, shards, tokenizer, data_dir, class_names, templates, topology and layout."""
+    return parse_arg(arg, variant="full", shards=shards, tokenizer=tokenizer, data_dir="", class_names=WORDNET, templates=ENSEMBLE, topology="", layout="auto")
 
 
 def lay_out(config: ml.ConfigDict, arg: ml.ConfigDict, default: str, parameters: int) -> None:
@@ -53,6 +60,16 @@ def retrieval(source: dict, every: int, **settings: Any) -> dict:
     return dict(evaluator="retrieval", source=source, every=every, **settings)
 
 
-def zero_shot(source: dict, every: int, templates: Sequence[str] = ("{}",), **settings: Any) -> dict:
+def zero_shot(source: dict, every: int, templates: str | Sequence[str] = ("{}",), **settings: Any) -> dict:
     """An evaluation section: zero-shot classification over the class names of a source."""
-    return dict(evaluator="zero_shot", source=source, every=every, templates=list(templates), **settings)
+    return dict(evaluator="zero_shot", source=source, every=every, templates=templates if isinstance(templates, str) else list(templates), **settings)
+
+
+def imagenet(arg: ml.ConfigDict) -> dict:
+    """An evaluation section of the published recipes: ImageNet's validation split, prepared from TFDS, with an ensemble of prompts.
+
+    `arg` has `data_dir`; `class_names`, by which WordNet ids become readable (evaluation/class_names.py says which files do); and `templates`, "ensemble" or
+    a file with one prompt a line.
+    """
+    source = dict(name="tfds", dataset="imagenet2012", split="validation", data_dir=arg.data_dir)
+    return zero_shot(source, 20_000, templates=arg.templates, class_names=arg.class_names)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 SIGNIFICANT_DIGITS = 4
+_EXACT = 2**53   # above it a float cannot count
 
 
 def write_results(folder: str | os.PathLike, metrics: dict[str, float], seeds: tuple[int, ...] = (0,), **details: Any) -> Path:
@@ -20,7 +21,7 @@ def write_results(folder: str | os.PathLike, metrics: dict[str, float], seeds: t
 
     Args:
       folder: the folder of the study; the study is named after it unless `details` holds `name`.
-      metrics: {name: number}, the figures that the study is for.
+      metrics: {name: number}, the figures that the study is for; what `rounded` makes of them is written.
       seeds: the random seeds that the figures come from.
       details: anything JSON can hold besides (tables, settings); numpy scalars and arrays are converted. `hardware` adds to the
         machine's description, `command` replaces the command line of this process.
@@ -34,7 +35,7 @@ def write_results(folder: str | os.PathLike, metrics: dict[str, float], seeds: t
     name = details.pop("name", folder.resolve().name)
     command = details.pop("command", None) or command_line()
     results = {"name": name, "command": command, "hardware": {**hardware(), **details.pop("hardware", {})}, "date": datetime.date.today().isoformat(),
-               "seeds": list(seeds), "metrics": rounded({key: float(value) for key, value in metrics.items()}), "details": rounded(details)}
+               "seeds": list(seeds), "metrics": rounded(dict(metrics)), "details": rounded(details)}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
     temporary = path.with_suffix(".json.tmp")
@@ -91,7 +92,7 @@ def matmul_gflops(size: int = 2048, repeats: int = 5) -> float:
 
 
 def rounded(value: Any) -> Any:
-    """Returns `value` as JSON can hold it, floats rounded to four significant digits."""
+    """Returns `value` as JSON can hold it: whole numbers exactly, whatever their type (they count something), other floats to four significant digits."""
     if isinstance(value, dict):
         return {str(key): rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -103,5 +104,8 @@ def rounded(value: Any) -> Any:
     if isinstance(value, np.integer):
         return int(value)
     if isinstance(value, (float, np.floating)):
-        return float(f"{float(value):.{SIGNIFICANT_DIGITS}g}") if math.isfinite(value) else None
+        value = float(value)
+        if not math.isfinite(value):
+            return None
+        return value if value.is_integer() and abs(value) < _EXACT else float(f"{value:.{SIGNIFICANT_DIGITS}g}")
     return value

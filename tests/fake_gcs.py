@@ -8,10 +8,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import io
 import itertools
 import json
+import os
 import threading
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from etils.epath import backend
+import fsspec
 from fsspec.spec import AbstractFileSystem
+import pytest
+
+from vlm_jax import storage
 
 
 class FakeGcs(ThreadingHTTPServer):
@@ -27,6 +33,7 @@ class FakeGcs(ThreadingHTTPServer):
         self.fail_every: int | None = None
         self.requests = self.failures = 0
         self.log: list[tuple[str, str]] = []
+        self.sent = 0       # bytes of all answers
 
     @property
     def url(self) -> str:
@@ -154,6 +161,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status, content, headers=()):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        with self.server.lock:
+            self.server.sent += len(body)
         self.send_response(status)
         for key, value in dict(headers).items():
             self.send_header(key, value)
@@ -169,10 +178,10 @@ class FakeGcsFileSystem(AbstractFileSystem):
     cachable = False
     url = ""        # set by the fixture
 
-    def _request(self, method, path, body=None):
+    def _request(self, method, path, body=None, headers=()):
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=30)
         try:
-            connection.request(method, path, body=body)
+            connection.request(method, path, body=body, headers=dict(headers))
             response = connection.getresponse()
             content = response.read()
         finally:
@@ -193,7 +202,7 @@ class FakeGcsFileSystem(AbstractFileSystem):
         path = self._strip_protocol(path).rstrip("/")
         bucket, _, name = path.partition("/")
         found = json.loads(self._request("GET", f"/storage/v1/b/{bucket}/o?delimiter=/&prefix={quote(name + '/' if name else '', safe='')}"))
-        entries = [{"name": f"{bucket}/{item['name']}", "size": int(item["size"]), "type": "file"} for item in found["items"]]
+        entries = [{"name": f"{bucket}/{item['name']}", "size": int(item["size"]), "type": "file", "generation": item["generation"]} for item in found["items"]]
         entries += [{"name": f"{bucket}/{prefix.rstrip('/')}", "size": 0, "type": "directory"} for prefix in found["prefixes"]]
         if not entries:
             raise FileNotFoundError(path)
@@ -218,7 +227,8 @@ class FakeGcsFileSystem(AbstractFileSystem):
             return False
 
     def cat_file(self, path, start=None, end=None, **_):
-        return self._request("GET", self._object(path) + "?alt=media")[start:end]
+        ranged = {} if start is None and end is None else {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"}
+        return self._request("GET", self._object(path) + "?alt=media", headers=ranged)
 
     def pipe_file(self, path, value, mode="overwrite", **_):
         bucket, _, name = self._strip_protocol(path).partition("/")
@@ -268,3 +278,28 @@ class _Upload(io.BytesIO):
         if not self.closed:
             self._system.pipe_file(self._path, self.getvalue())
         super().close()
+
+
+# TensorStore reads its environment once a process, so the server lives as long as the process and is emptied between tests.
+_server: FakeGcs | None = None
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """gs://bucket/... is this store on loopback, for epath, fsspec and TensorStore alike; a conftest that imports the fixture offers it."""
+    global _server
+    if _server is None:
+        _server = FakeGcs().__enter__()
+        os.environ["TENSORSTORE_GCS_HTTP_URL"] = _server.url
+        os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+        FakeGcsFileSystem.url = _server.url
+        for name in ("gs", "gcs"):
+            fsspec.register_implementation(name, FakeGcsFileSystem, clobber=True)
+    _server.objects.clear()
+    _server.log.clear()
+    _server.sent = 0
+    _server.fail_every = None
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.01)
+    yield _server
+    _server.fail_every = None

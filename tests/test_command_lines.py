@@ -1,4 +1,5 @@
 """The command lines as a user meets them: first-hour errors in one line with their exit code; train, evaluate, sweep, dry run, load."""
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import vlm_jax
-from vlm_jax import command_line, evaluate, sweep, train
+from vlm_jax import absent_tpu, command_line, evaluate, sweep, train
 from vlm_jax.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,12 +107,20 @@ def test_dry_run_of_a_large_config_needs_neither_data_nor_memory(capsys):
 @pytest.mark.parametrize("vendor, told", [("0x1ae0", False), ("0x8086", True)])
 def test_libtpu_is_told_that_there_is_no_tpu_only_where_there_is_none(vendor, told, tmp_path, monkeypatch):
     environment = {}
-    monkeypatch.setattr(command_line.os, "environ", environment)
-    monkeypatch.setattr(command_line, "find_spec", lambda name: object())
+    monkeypatch.setattr(absent_tpu.os, "environ", environment)
+    monkeypatch.setattr(absent_tpu, "find_spec", lambda name: object())
     (tmp_path / "0000:00:04.0").mkdir()
     (tmp_path / "0000:00:04.0" / "vendor").write_text(vendor + "\n")
-    command_line._quiet_libtpu(tmp_path)
+    absent_tpu.quiet_libtpu(tmp_path)
     assert set(environment) == ({"TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"} if told else set())
+
+
+def test_studies_quiet_libtpu_before_they_import_jax():
+    code = "import experiments, os, sys; print('jax' in sys.modules, os.environ.get('TPU_WORKER_HOSTNAMES'))"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TPU_")}
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    google = any(vendor.read_text().strip() == "0x1ae0" for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"))
+    assert printed.split() == ["False", "localhost" if importlib.util.find_spec("libtpu") and not google else "None"]
 
 
 def test_print_config_is_json(capsys):

@@ -1,12 +1,11 @@
 """What the command lines share: arguments with `--config.a.b=v` overrides, several processes, and errors printed in one line with their exit code."""
 import argparse
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 import os
-from pathlib import Path
 import sys
 
 from vlm_jax import distributed
+from vlm_jax.absent_tpu import quiet_libtpu
 from vlm_jax.errors import ConfigError, VlmError, did_you_mean
 
 
@@ -52,7 +51,7 @@ def start_processes(options: argparse.Namespace) -> None:
 
 def main(run: Callable[[], object]) -> None:
     """Runs a command line: a VlmError is printed as `error: ...` and exits with its code, Ctrl-C exits with 130; several: `distributed.guarded`."""
-    _quiet_libtpu()
+    quiet_libtpu()
     try:
         with distributed.guarded():
             run()
@@ -62,12 +61,3 @@ def main(run: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("stopped by the keyboard; the same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
-
-
-def _quiet_libtpu(devices: Path = Path("/sys/bus/pci/devices")) -> None:
-    """Tells a libtpu that is installed for `compile`, on a machine without TPUs, what it would look for in vain and complain of in every program."""
-    google = "0x1ae0"
-    if find_spec("libtpu") and not any(vendor.read_text().strip() == google for vendor in devices.glob("*/vendor")):
-        from vlm_jax.sharding.topologies import ABSENT_TPU
-        for key in ("TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
-            os.environ.setdefault(key, ABSENT_TPU[key])

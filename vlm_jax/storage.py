@@ -4,6 +4,7 @@ Object stores cannot rename, append or lock, and a request may fail and succeed 
 object store are repeated a few times. What has to be exclusive (the lock, the last-good pointer) is made by `create_if_absent`.
 """
 from collections.abc import Callable
+import hashlib
 import os
 import re
 import socket
@@ -137,6 +138,35 @@ def names(folder: Any) -> list[str]:
         return sorted(entry.name for entry in patiently(folder, lambda: list(folder.iterdir())))
     except FileNotFoundError:
         return []
+
+
+def files(folder: Any) -> dict[str, tuple[int, int]]:
+    """{name: (bytes, a number that is another one for another content)} of the files in a folder of an object store, by one listing.
+
+    Raises:
+      OSError: if it cannot be listed; where there is no such folder, a FileNotFoundError.
+      CheckpointError: if the package that speaks its protocol is missing.
+    """
+    system, name = _object_store(folder)
+    system.invalidate_cache(name)
+    found = patiently(folder, lambda: system.ls(name, detail=True))
+    return {entry["name"].rpartition("/")[2]: (int(entry["size"]), _version(entry)) for entry in found if entry["type"] == "file"}
+
+
+def read_range(path: Any, start: int, size: int) -> bytes:
+    """Bytes start ... start + size - 1 of a file on an object store, fewer where it ends before, by one request for them alone.
+
+    Raises:
+      OSError, CheckpointError: as `files`.
+    """
+    system, name = _object_store(path)
+    return patiently(path, lambda: system.cat_file(name, start=start, end=start + size))
+
+
+def _version(entry: dict[str, Any]) -> int:
+    """A number of 62 bits from what a store says of an object's content: its generation, tag or sum, else when it was written; 0 if it says nothing."""
+    said = next((str(entry[key]) for key in ("generation", "etag", "ETag", "md5Hash", "crc32c", "updated", "LastModified", "mtime") if entry.get(key)), "")
+    return int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "big") >> 2 if said else 0
 
 
 def exists(path: Any) -> bool:

@@ -5,14 +5,14 @@ warm-up, cosine to 0; a random square crop is the only augmentation; the tempera
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import CLIP_VALUES, clip_pictures, lay_out, zero_shot
+from vlm_jax.configs.common import CLIP_VALUES, clip_pictures, imagenet, lay_out, zero_shot
 
 BATCH = 32_768
 STEPS = 400_000_000 * 32 // BATCH
 
 
 def pairs(name: str, preset: str, size: int, peak: float, parameters: int, arg, *, topology: str = "v5e-256") -> ml.ConfigDict:
-    """Returns the config of one released ViT model of that many parameters; `arg` has variant, shards, tokenizer, data_dir, topology and layout."""
+    """Returns the config of one released ViT model of that many parameters; `arg` is that of `published_arg`."""
     test = arg.variant == "test"
     config = ml.ConfigDict()
     config.name = name
@@ -42,11 +42,8 @@ def pairs(name: str, preset: str, size: int, peak: float, parameters: int, arg, 
         schedule=dict(name="cosine", peak=peak, warmup=1 if test else 2_000),
         clip=None,
     )]
-    if test:
-        evaluation = zero_shot(dict(name="shapes", split="validation", size=32, limit=8), 2, templates=["a {}"])
-    else:
-        evaluation = zero_shot(dict(name="tfds", dataset="imagenet2012", split="validation", data_dir=arg.data_dir), 20_000, templates=["a photo of a {}."])
-    config.evaluations = dict(zero_shot=evaluation)
+    drawn = dict(name="shapes", split="validation", size=32, limit=8)
+    config.evaluations = dict(zero_shot=zero_shot(drawn, 2, templates=["a {}"]) if test else imagenet(arg))
     config.checkpoint = dict(every=2 if test else 5_000, keep=3)
     config.log_every = 1 if test else 50
     return config

@@ -1,16 +1,18 @@
 """Gemma 2 9B tuned to write the targets of a table of prompts and texts. Gemma Team, "Gemma 2" (2024), table 1 for the sizes; the settings of tuning are ours.
 
 Your data: a JSONL or CSV table whose records have `prompt` and `texts`; no pictures are read. The tokenizer is the release's SentencePiece file or folder.
-Published weights come in through `init`, a local directory in the Hugging Face layout, or a workdir (also on gs://).
+Published weights come in through `init`: DIR, a local directory in the Hugging Face layout, or a workdir (also on gs://).
+`validation` is another such table, of records that `data` has not: without it nothing is evaluated, since training
+records say nothing about new ones.
 
-Launch:   python -m vlm_jax.train --config configs/language/gemma2_9b.py:data=train.jsonl,tokenizer=gemma2.model,init=/mnt/gemma2 --workdir gs://BUCKET/run
+Launch:   python -m vlm_jax.train --config configs/language/gemma2_9b.py:data=train.jsonl,validation=val.jsonl,tokenizer=DIR,init=DIR --workdir gs://BUCKET/run
 Measured: not trained by us.
 Try here: python -m vlm_jax.train --config configs/language/gemma2_9b.py:variant=test --workdir runs/gemma2_test
 """
 import ml_collections as ml
 
 from vlm_jax.configs.common import lay_out
-from vlm_jax.configs.pali.recipe import loaded_text, trained_text
+from vlm_jax.configs.pali.recipe import held_out, loaded_text, trained_text
 from vlm_jax.training.config import parse_arg
 
 PARAMETERS = 9_241_705_984
@@ -18,8 +20,12 @@ TEST = dict(depth=2, width=24, mlp_dim=40, num_heads=4, num_kv_heads=2, head_dim
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,length=1024,data=...,tokenizer=...,init=...,steps=5000,topology=v5e-64,layout=fsdp"."""
-    arg = parse_arg(arg, variant="full", length=1024, data="train.jsonl", tokenizer="gemma2.model", init="", steps=5_000, topology="", layout="fsdp")
+    """Returns the config; `arg` is a choice of
+
+    "variant=full|test,length=1024,data=...,validation=...,tokenizer=...,init=...,steps=5000,topology=v5e-64,layout=fsdp".
+    """
+    arg = parse_arg(arg, variant="full", length=1024, data="train.jsonl", validation="",
+                    tokenizer="gemma2.model", init="", steps=5_000, topology="", layout="fsdp")
     test = arg.variant == "test"
     drawn = dict(name="shapes_captions", split="train", size=32)
     texts = dict(name="table", path=arg.data, image=None)
@@ -42,8 +48,7 @@ def get_config(arg=None):
         clip=1.0,
         **(dict(init_from=dict(workdir=arg.init)) if arg.init and not test else {}),
     )]
-    held_out = dict(name="shapes_captions", split="validation", size=32, limit=8) if test else dict(texts, limit=512)
-    config.evaluations = dict(answers=dict(evaluator="captioning", source=held_out, images=False, every=2 if test else 1_000, max_tokens=6 if test else 64))
+    config.evaluations = held_out(arg.validation, test, 1_000, images=False, source=dict(image=None))
     config.checkpoint = dict(every=2 if test else 1_000, keep=2)
     config.log_every = 1 if test else 20
     return config

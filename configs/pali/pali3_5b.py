@@ -2,21 +2,27 @@
 
 Your data: a JSONL or CSV table whose records have `image`, `prompt` and `texts`. `init` is the workdir of configs/pali/pali3_5b_pretrain.py; positions are
 resampled where its resolution is another. Learning rate and steps are a choice of ours.
+`validation` is another such table, of records that `data` has not: without it nothing is evaluated, since training
+records say nothing about new ones.
 
-Launch:   python -m vlm_jax.train --config configs/pali/pali3_5b.py:data=train.jsonl,tokenizer=FOLDER,init=gs://BUCKET/pali3 --workdir gs://BUCKET/run
+Launch:   python -m vlm_jax.train --config configs/pali/pali3_5b.py:data=train.jsonl,validation=val.jsonl,tokenizer=FOLDER,init=gs://BUCKET/pali3 --workdir gs://BUCKET/run
 Measured: not trained by us.
 Try here: python -m vlm_jax.train --config configs/pali/pali3_5b.py:variant=test --workdir runs/pali3_test
 """
 import ml_collections as ml
 
 from vlm_jax.configs.common import lay_out, pictures
-from vlm_jax.configs.pali.recipe import LOCATIONS, loaded_text, trained_text
+from vlm_jax.configs.pali.recipe import LOCATIONS, held_out, loaded_text, trained_text
 from vlm_jax.training.config import parse_arg
 
 
 def get_config(arg=None):
-    """Returns the config; `arg` is "variant=full|test,resolution=224|812|1064,data=...,tokenizer=...,init=...,steps=10000,topology=v5e-16,layout=fsdp"."""
-    arg = parse_arg(arg, variant="full", resolution=812, data="train.jsonl", tokenizer="ul2", init="", steps=10_000, topology="", layout="fsdp")
+    """Returns the config; `arg` is a choice of
+
+    "variant=full|test,resolution=224|812|1064,data=...,validation=...,tokenizer=...,init=...,steps=10000,topology=v5e-16,layout=fsdp".
+    """
+    arg = parse_arg(arg, variant="full", resolution=812, data="train.jsonl", validation="",
+                    tokenizer="ul2", init="", steps=10_000, topology="", layout="fsdp")
     test = arg.variant == "test"
     size, patch = (24, 8) if test else (arg.resolution, 14)
     patches = (size // patch) ** 2
@@ -41,8 +47,7 @@ def get_config(arg=None):
         clip=1.0,
         **(dict(init_from=dict(workdir=arg.init)) if arg.init and not test else {}),
     )]
-    held_out = dict(name="shapes_captions", split="validation", size=32, limit=8) if test else dict(name="table", path=arg.data, limit=512)
-    config.evaluations = dict(captions=dict(evaluator="captioning", source=held_out, every=2 if test else 2_000, max_tokens=6 if test else 64))
+    config.evaluations = held_out(arg.validation, test, 2_000)
     config.checkpoint = dict(every=2 if test else 1_000, keep=2)
     config.log_every = 1 if test else 20
     return config

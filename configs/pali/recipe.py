@@ -27,6 +27,18 @@ def tables(folder: str) -> dict:
     return dict(name="pali_mixture", sources={objective: dict(name="table", path=f"{folder}/{objective}.jsonl") for objective in PALI_MIXTURE})
 
 
+def held_out(validation: str, test: bool, every: int, **settings) -> dict:
+    """The evaluations of a tuning recipe, {"held_out": at most 512 records of a table that training does not read}; none where it is not given.
+
+    `settings` are those of the evaluator and, as `source`, further ones of the table. The test variant reads drawn shapes.
+    """
+    if not test and not validation:
+        return {}
+    table = dict(name="table", path=validation, limit=512, **settings.pop("source", {}))
+    drawn = dict(name="shapes_captions", split="validation", size=32, limit=8)
+    return dict(held_out=dict(evaluator="captioning", source=drawn if test else table, every=2 if test else every, max_tokens=6 if test else 64, **settings))
+
+
 def small_mixture(size: int) -> dict:
     """The same on drawn shapes, with the objectives that need no writing in the pictures."""
     worlds = dict(split_caption="captions", span_corruption="captions", caption="captions", vqa="questions", question_generation="questions",

@@ -4,7 +4,7 @@ Does it name, answer and find pairs of colour and shape that it never saw togeth
 first; here it goes on learning. `images=false` trains the baseline that reads the text alone.
 
 Launch:   python -m vlm_jax.train --config configs/pali/shapes.py --workdir runs/pali_shapes
-Bar:      on held-out pairs, answers above 90 %, captions word for word above 90 %, boxes at IoU 0.5 above 80 %, under 15 minutes on two CPU cores.
+Target:   on held-out pairs, answers above 90 %, captions word for word above 90 %, boxes at IoU 0.5 above 80 %, under 15 minutes on two CPU cores.
 Measured: 78 %, 85 % and 74 % (one seed; 16 min 26 s on two cores that did other work; experiments/pali_shapes).
 Try here: python -m vlm_jax.train --config configs/pali/shapes.py:variant=test --workdir runs/pali_shapes_test
 """

@@ -5,7 +5,7 @@ text lower-cased, C4 SentencePiece of 32,000 entries, pictures resized to a squa
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import lay_out, loaded_text, pictures, zero_shot
+from vlm_jax.configs.common import imagenet, lay_out, loaded_text, pictures, zero_shot
 
 BATCH = 32_768
 STEPS = 40_000_000_000 // BATCH
@@ -14,7 +14,7 @@ WARMUP = 200_000_000 // BATCH   # stated for SigLiT, the locked towers; taken ov
 
 def webli(name: str, family: str, preset: str, size: int, length: int, parameters: int, arg, *, canonical: bool = True,
           topology: str = "v5e-256") -> ml.ConfigDict:
-    """Returns the config of one released model of that many parameters; `arg` has variant, shards, tokenizer, data_dir, topology and layout."""
+    """Returns the config of one released model of that many parameters; `arg` is that of `published_arg`."""
     test = arg.variant == "test"
     config = ml.ConfigDict()
     config.name = name
@@ -42,11 +42,8 @@ def webli(name: str, family: str, preset: str, size: int, length: int, parameter
         schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else WARMUP),
         clip=1.0,
     )]
-    if test:
-        evaluation = zero_shot(dict(name="shapes", split="validation", size=32, limit=8), 2, templates=["a {}"])
-    else:
-        evaluation = zero_shot(dict(name="tfds", dataset="imagenet2012", split="validation", data_dir=arg.data_dir), 20_000, templates=["a photo of a {}"])
-    config.evaluations = dict(zero_shot=evaluation)
+    drawn = dict(name="shapes", split="validation", size=32, limit=8)
+    config.evaluations = dict(zero_shot=zero_shot(drawn, 2, templates=["a {}"]) if test else imagenet(arg))
     config.checkpoint = dict(every=2 if test else 5_000, keep=3)
     config.log_every = 1 if test else 50
     return config

@@ -46,6 +46,28 @@ def test_misspelt_argument_is_an_error(file):
         load_config(f"{file}:varient=test")
 
 
+def selected(source) -> str:
+    """What a source section selects, whatever part of it: two that give the same text read the same records."""
+    return json.dumps({key: value for key, value in source.items() if key not in ("limit", "subset")}, sort_keys=True)
+
+
+@pytest.mark.parametrize("variant", ["full", "test"])
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_is_evaluated_on_what_is_trained_on(file, variant):
+    config = load_config(f"{file}:variant={variant}")
+    trained = {selected(stream["source"]) for stage in config["stages"] for stream in stage["data"].values()}
+    evaluated = {selected(settings["source"]) for settings in config["evaluations"].values()}
+    assert trained and not trained & evaluated
+
+
+@pytest.mark.parametrize("file", ["configs/pali/pali3_5b.py", "configs/paligemma/paligemma_3b.py", "configs/language/gemma2_9b.py"])
+def test_tuning_recipes_evaluate_the_table_that_the_argument_names(file):
+    assert not load_config(file)["evaluations"]
+    section = load_config(f"{file}:validation=val.jsonl")["evaluations"]["held_out"]
+    assert section["source"]["path"] == "val.jsonl" and section["evaluator"] == "captioning"
+    assert ("image" in section["source"]) == ("language" in file) == (section.get("images") is False)
+
+
 @pytest.mark.parametrize("file", distinct_programs())
 def test_test_variant_trains_and_evaluates(file, tmp_path):
     if "emoji" in file and (missing := emoji_ready()):

@@ -12,7 +12,8 @@ import pytest
 
 from vlm_jax.data.files import expand_braces
 from vlm_jax.data.sources import build_source, texts_of
-from vlm_jax.data.tar_shards import TarSource, build_index, index_path, read_members, shard_index, split_key
+from vlm_jax.data.tar_index import build_index, index_path, read_members, shard_index, split_key
+from vlm_jax.data.tar_shards import TarSource
 from vlm_jax.errors import DataError
 
 
@@ -71,7 +72,7 @@ def test_the_index_is_kept_and_checked_against_the_shard(tmp_path, monkeypatch):
     stored = index_path(path)
     assert stored == path + ".index.npz" and os.path.exists(stored)
     np.testing.assert_array_equal(shard_index(path).samples, first.samples)
-    monkeypatch.setattr("vlm_jax.data.tar_shards.build_index", lambda path: pytest.fail("the stored index was not used"))
+    monkeypatch.setattr("vlm_jax.data.tar_index.build_index", lambda path, size: pytest.fail("the stored index was not used"))
     np.testing.assert_array_equal(shard_index(path).samples, first.samples)
     monkeypatch.undo()
     write_shard(path, pairs(5))

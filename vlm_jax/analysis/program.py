@@ -16,8 +16,9 @@ import time
 from typing import Any
 
 from vlm_jax import errors
+from vlm_jax.absent_tpu import ABSENT_TPU
 from vlm_jax.errors import ConfigError, VlmError, did_you_mean
-from vlm_jax.sharding.topologies import ABSENT_TPU, Topology, parse_topology
+from vlm_jax.sharding.topologies import Topology, parse_topology
 
 WHAT = ("train", "evaluate", "generate")
 TIMEOUT = 3600.0

@@ -1,12 +1,14 @@
-"""Reading of local files by position, with limits: every file source builds on these few functions."""
+"""Reading of files by position, with limits: every file source builds on these few functions. Some sources also read object stores (gs://, s3://)."""
 from collections.abc import Sequence
+import fnmatch
 import glob
 import os
 import re
 import stat
 
+from vlm_jax import storage
 from vlm_jax.data.problems import problem
-from vlm_jax.errors import ConfigError, DataError
+from vlm_jax.errors import CheckpointError, ConfigError, DataError
 
 MAX_BYTES = 64 * 2**20
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -15,13 +17,19 @@ _MAX_PATHS = 1_000_000
 
 
 def read_span(path: str, offset: int, size: int, item: str, max_bytes: int = MAX_BYTES) -> bytes:
-    """Returns bytes offset ... offset + size - 1 of a file. Keeps no file open, so that it works in any thread and process.
+    """Returns bytes offset ... offset + size - 1 of a file, local or remote. Keeps no file open, so that it works in any thread and process.
 
     Raises:
       DataError: with reason file_too_large, file_unreadable or file_cut.
     """
     if size > max_bytes:
         raise problem("file_too_large", f"{item}: {size} bytes, over the limit of {max_bytes}; shrink the file or remove the record.")
+    if storage.is_remote(path):
+        try:
+            data = storage.read_range(path, offset, size) if size else b""
+        except Exception as error:      # the packages that speak to object stores have errors of their own
+            raise problem("file_unreadable", f"{item}: {os.path.basename(path)} cannot be read ({short(error)}); is it still there?") from error
+        return _whole(data, size, path, item)
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
@@ -35,10 +43,39 @@ def read_span(path: str, offset: int, size: int, item: str, max_bytes: int = MAX
             os.close(descriptor)
     except OSError as error:
         raise problem("file_unreadable", f"{item}: {os.path.basename(path)} cannot be read ({error.strerror}); is it still there?") from error
+    return _whole(data, size, path, item)
+
+
+def _whole(data: bytes, size: int, path: str, item: str) -> bytes:
     if len(data) != size:
         raise problem("file_cut", f"{item}: {os.path.basename(path)} ends early; it was changed or cut, copy it again.")
     return data
 
+
+class RangeReader:
+    """A file on an object store for a reader of headers: `seek` and `read`, a block a request, of which one is kept.
+
+    Raises:
+      DataError: from `read`, if the store does not answer.
+    """
+
+    def __init__(self, path: str, size: int, block: int):
+        self._path, self._size, self._least = path, size, block
+        self._position = self._start = 0
+        self._block = b""
+
+    def seek(self, position: int) -> None:
+        self._position = position
+
+    def read(self, size: int) -> bytes:
+        """Returns the next bytes, fewer at the end of the file."""
+        size = max(0, min(size, self._size - self._position))
+        if not self._start <= self._position <= self._position + size <= self._start + len(self._block):
+            wanted = min(max(size, self._least), self._size - self._position)
+            self._start, self._block = self._position, read_span(self._path, self._position, wanted, "index", max(size, self._least))
+        offset = self._position - self._start
+        self._position += size
+        return self._block[offset:offset + size]
 
 def read_file(path: str, item: str, max_bytes: int = MAX_BYTES) -> bytes:
     """Returns the bytes of a regular file, at most `max_bytes`. Raises as `read_span`, and image_missing where there is no such file."""
@@ -66,18 +103,29 @@ def inside(folder: str, relative: str, item: str) -> str:
     return path
 
 
-def expand_paths(patterns: str | os.PathLike | Sequence[str], where: str) -> list[str]:
+def expand_paths(patterns: str | os.PathLike | Sequence[str], where: str, remote: bool = False) -> list[str]:
     """Returns the files that patterns stand for, in order: `{000..010}` and `{a,b}` expand, then `*`, `?` and `[...]` match files.
 
+    Args:
+      remote: whether files on object stores are taken; of their paths only the last part may have `*`, `?` and `[...]`.
     Raises:
-      DataError: for a file that is not there or a pattern that matches nothing.
+      DataError: for a file that is not there, a pattern that matches nothing, a store that cannot be listed, or one that this source does not read.
     """
     if isinstance(patterns, (str, os.PathLike)):
         patterns = [os.fspath(patterns)]
-    paths = []
+    paths, listings = [], {}
     for pattern in patterns:
         for path in expand_braces(os.path.expanduser(str(pattern))):
-            if os.path.exists(path):
+            if storage.is_remote(path):
+                if not remote:
+                    raise DataError(f"{where}: {path} is on an object store, and this source reads local files; copy it, or mount the bucket (gcsfuse).")
+                folder, _, name = path.rpartition("/")
+                names = listed(folder, where, listings)
+                found = [name] if name in names else sorted(fnmatch.filter(names, name)) if glob.has_magic(name) else []
+                if not found:
+                    raise DataError(f"{where}: there is no file {path}; correct the path.")
+                paths.extend(f"{folder}/{name}" for name in found)
+            elif os.path.exists(path):
                 paths.append(path)
             elif glob.has_magic(path):
                 found = sorted(glob.glob(path, recursive=True))
@@ -89,6 +137,30 @@ def expand_paths(patterns: str | os.PathLike | Sequence[str], where: str) -> lis
     if not paths:
         raise DataError(f"{where}: no files are given; name at least one.")
     return paths
+
+
+def listed(folder: str, where: str, listings: dict[str, dict[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    """Returns `storage.files(folder)`, from `listings` where it is there, else put there.
+
+    Raises:
+      DataError: if the store cannot be listed.
+    """
+    if folder not in listings:
+        try:
+            listings[folder] = storage.files(folder)
+        except FileNotFoundError:
+            raise DataError(f"{where}: there is no folder {folder}; correct the path.") from None
+        except CheckpointError as error:
+            raise DataError(f"{where}: {error}") from None
+        except Exception as error:
+            raise DataError(f"{where}: {folder} cannot be listed ({short(error)}); check the path and your credentials.") from error
+    return listings[folder]
+
+
+def short(error: Exception, length: int = 160) -> str:
+    """Returns the first line of an error that is not ours, at most so long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:length]
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.data.files import short
 from vlm_jax.data.problems import problem
 from vlm_jax.data.sources import TEXT_NAMES, check_index, check_texts, class_text
 from vlm_jax.errors import DataError, did_you_mean
@@ -46,7 +47,7 @@ class TfdsSource:
         try:
             builder = tfds.builder_from_directory(self._folder)
         except Exception as error:
-            raise DataError(f"tfds {self._folder}: TFDS cannot read it ({_line(error)}); prepare it again.") from error
+            raise DataError(f"tfds {self._folder}: TFDS cannot read it ({short(error)}); prepare it again.") from error
         self.name = f"{builder.info.name}:{split}"
         features, splits = builder.info.features, builder.info.splits
         if re.split(r"[\[+]", split)[0] not in splits:
@@ -67,7 +68,7 @@ class TfdsSource:
         try:
             self._data = builder.as_data_source(split=split, decoders=decoders)
         except Exception as error:
-            raise DataError(f"tfds {self.name}: it cannot be opened ({_line(error)}); correct the split or prepare the set again.") from error
+            raise DataError(f"tfds {self.name}: it cannot be opened ({short(error)}); correct the split or prepare the set again.") from error
         if not len(self._data):
             raise DataError(f"tfds {self.name}: the split has no records; choose another.")
 
@@ -96,7 +97,7 @@ class TfdsSource:
         try:
             row = self._data[index]
         except Exception as error:                                 # a damaged record of array_record or an undecodable feature, whatever its type
-            raise problem("file_unreadable", f"{item}: TFDS cannot read it ({_line(error)}); prepare the set again.") from error
+            raise problem("file_unreadable", f"{item}: TFDS cannot read it ({short(error)}); prepare the set again.") from error
         image = _follow(row, self._image)
         if image is None or (isinstance(image, bytes) and not image):
             raise problem("image_missing", f"{item}: the image is empty; prepare the set again or remove the record.")
@@ -190,7 +191,7 @@ def _read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise DataError(f"tfds {path.parent}: there is no {path.name}, so no prepared set; run: python -m vlm_jax.data.prepare NAME") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"tfds {path}: it cannot be read ({_line(error)}); prepare the set again.") from None
+        raise DataError(f"tfds {path}: it cannot be read ({short(error)}); prepare the set again.") from None
 
 
 def _class_names(value: Any) -> list[str]:
@@ -250,8 +251,3 @@ def _extra(key: str, value: Any) -> Any:
         except ValueError:
             return value
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _line(error: Exception, length: int = 160) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:length]

@@ -2,6 +2,7 @@
 
 Radford et al. 2021, section 3.1: a class is the normalised mean of the normalised embeddings of its prompts, one for each template.
 """
+from collections import Counter
 from collections.abc import Mapping, Sequence
 import os
 from typing import Any
@@ -9,32 +10,32 @@ from typing import Any
 from jaxtyping import Float
 import numpy as np
 
-from vlm_jax.errors import ConfigError, DataError
+from vlm_jax.errors import DataError
 from vlm_jax.evaluation import pictures, records
+from vlm_jax.evaluation.class_names import read_class_names, read_templates
 
 KEPT = 5
 
 
-def zero_shot(predictor: Any, folder: str | os.PathLike, source: Mapping[str, Any], templates: Sequence[str] = ("{}",),
-              class_names: Sequence[str] | None = None) -> dict[str, float]:
+def zero_shot(predictor: Any, folder: str | os.PathLike, source: Mapping[str, Any], templates: str | Sequence[str] = ("{}",),
+              class_names: str | Sequence[str] | None = None) -> dict[str, float]:
     """Classifies all records of a source by their `label`, always among all classes.
 
     Args:
-      templates: prompts with `{}` for the class name.
-      class_names: the names of the labels 0, 1, ...; by default those of the source.
+      templates: prompts with `{}` for the class name: a list, "ensemble" (80 of ours) or a file of them (`class_names.read_templates`).
+      class_names: the names of the labels 0, 1, ...; by default those of the source. A list or a file; needed where the source's are WordNet ids
+        (`class_names.read_class_names`).
     Returns:
       {"top1", "top5", "mean_per_class": top1 averaged over the classes that occur, "pictures", "classes"}. Ties count against the model.
     Raises:
-      ConfigError: for a template without `{}`, or no class names.
+      ConfigError: for a template without `{}`, or no class names that can be read.
       DataError: for a record without a label among the classes.
     """
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ConfigError(f'templates: "{template}" must hold {{}} once, where the class name goes.')
+    templates = read_templates(templates)
     data, rows, _ = records.read(source, predictor)
-    names = list(class_names or getattr(data, "class_names", None) or ())
-    if len(names) < 2:
-        raise ConfigError(f"{data.name} has no class names; give class_names, a list of at least two.")
+    names = read_class_names(class_names, getattr(data, "class_names", None), data.name)
+    if same := [name for name, count in Counter(names).items() if count > 1]:
+        print(f"  {data.name}: {len(same)} names belong to several classes ({', '.join(same[:3])}); these tie, which counts against the model", flush=True)
     for row in rows:
         if not isinstance(row.get("label"), (int, np.integer)) or not 0 <= row["label"] < len(names):
             raise DataError(f"{data.describe(row['index'])}: its label {row.get('label')!r} is not one of the {len(names)} classes; "

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from vlm_jax.absent_tpu import ABSENT_TPU
 from vlm_jax.errors import ConfigError, did_you_mean
 
 GIB = 2 ** 30
@@ -140,9 +141,6 @@ SHAPES: dict[int, tuple[tuple[int, ...], ...]] = {
 }
 COMPILED_FOR = ("v4", "v5e", "v5p", "v6e")   # what libtpu describes without the hardware
 MEGACORE = {"v4": {"chip_config_name": "megacore"}}   # libtpu's description of a v4 has two devices a chip unless asked; JAX on a v4 machine has one
-# Environment of a process that compiles for an absent TPU: libtpu looks for the machine's metadata server otherwise, and for a lock.
-ABSENT_TPU = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-              "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "1"}
 
 
 def chip_of(device: Any) -> Chip | None:
