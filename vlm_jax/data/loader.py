@@ -18,7 +18,7 @@ import numpy as np
 
 from vlm_jax import faults
 from vlm_jax.data.buffers import Buffers
-from vlm_jax.data.problems import reason_of
+from vlm_jax.data.problems import Account, reason_of
 from vlm_jax.data.sources import Source
 from vlm_jax.errors import ConfigError, DataError
 
@@ -26,7 +26,7 @@ BUDGET_WINDOW = 10_000
 _REPORT = "_report"
 _PROBES = 64
 # What stands in the rows of bad records and of padding: nothing is there, and a slot says so with -1.
-_FILL = {"slots": -1}
+_FILL = {"slots": -1, "media_index": -1}
 
 
 class Loader:
@@ -55,6 +55,7 @@ class Loader:
     Attributes:
       bad: Counter of reasons.
       bad_examples: the message of the first bad records.
+      notes: Counter of what was done to records that are used: "document_cut", "pictures_cut" (`Processor.accounted`).
     Raises:
       ConfigError: for arguments that cannot work.
       DataError: for a source without records or without a single whole batch.
@@ -82,6 +83,7 @@ class Loader:
         self.on_bad, self.bad_budget, self.part = on_bad, float(bad_budget), part
         self.bad: Counter[str] = Counter()
         self.bad_examples: list[str] = []
+        self.notes: Counter[str] = Counter()
         self._window: deque[tuple[int, int]] = deque()              # (records, bad records) of recent batches
         self._good = 0
 
@@ -138,7 +140,8 @@ class Loader:
 
     def _account(self, report: list[Any]) -> None:
         """Counts the bad records of a batch and stops the run where they are too many."""
-        rows, problems = report[0], report[1:]
+        rows, notes, problems = report[0], report[1], report[2:]
+        self.notes.update(notes)
         for reason, message in problems:
             self.bad[reason] += 1
             if self.on_bad == "raise":
@@ -174,24 +177,29 @@ class BatchReader:
         self._empty: dict[str, tuple[tuple[int, ...], np.dtype]] | None = None
 
     def __call__(self, number: int, positions: Int64[np.ndarray, "B"]) -> dict[str, Any]:
-        """Returns batch `number`, with its report [records read, (reason, message) of every bad one ...] as one more entry."""
+        """Returns batch `number`, with its report [records read, {note: number}, (reason, message) of every bad one ...] as one more entry."""
         mine = positions[self._first:self._first + self._rows]
         arrays: dict[str, np.ndarray] = {}
         weight = np.zeros(self._rows, np.float32)
         example_id = np.full(self._rows, -1, np.int64)
         example_id[:len(mine)] = mine
-        report: list[Any] = [len(mine)]
+        report: list[Any] = [len(mine), Counter()]
+        accounted = getattr(self._processor, "accounted", None)
         for row, index in enumerate(mine.tolist()):
             place = number * self._batch_size + self._first + row
             rng = np.random.default_rng((self._seed, place)) if self._augment else None
             try:
                 faults.point("data.record")
-                example = self._processor(self._source[index], rng)
+                record = self._source[index]
+                example, account = accounted(record, rng) if accounted is not None else (self._processor(record, rng), Account())
             except (DataError, OSError) as error:
                 report.append((reason_of(error) if isinstance(error, DataError) else "file_unreadable", self._name(index, error)))
                 if self._stop_at_bad:
                     break
                 continue
+            report[0] += account.records - 1
+            report[1].update(account.notes)
+            report += [(reason, self._name(index, message)) for reason, message in account.problems]
             if not arrays:
                 arrays = {key: self._buffers.array((self._rows, *np.shape(value)), np.asarray(value).dtype) for key, value in example.items()}
                 self._empty = {key: (value.shape[1:], value.dtype) for key, value in arrays.items()}
@@ -211,7 +219,7 @@ class BatchReader:
                                   "end its operations in one that gives a fixed shape.")
             array[row] = example[key]
 
-    def _name(self, index: int, error: Exception) -> str:
+    def _name(self, index: int, error: Exception | str) -> str:
         item = self._source.describe(index)
         cause = str(error).removeprefix("record: ").removeprefix(f"{item}: ")
         return f"{item if f'[{index}]' in item else f'{self._source.name}[{index}] ({item})'}: {cause}"

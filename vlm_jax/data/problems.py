@@ -1,5 +1,21 @@
 """Problems of single records: a DataError with a reason, a short slug that the loader counts."""
+from dataclasses import dataclass
+
 from vlm_jax.errors import DataError
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a loader counts of one example.
+
+    Attributes:
+      records: how many records of the source it is made of.
+      problems: (reason, message) of those of them that cannot be used and were left out.
+      notes: slugs of what was done to the others, such as "document_cut".
+    """
+    records: int = 1
+    problems: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def problem(reason: str, message: str) -> DataError:

@@ -15,14 +15,17 @@ from PIL import Image
 
 from vlm_jax import storage
 from vlm_jax.data import operations
-from vlm_jax.data.formats import Format, prepared
-from vlm_jax.data.problems import problem
+from vlm_jax.data.documents import Segment, frames_of, image_segment, plain_segments
+from vlm_jax.data.formats import KINDS, Format, prepared
+from vlm_jax.data.interleaved import InterleavedFormat, Row
+from vlm_jax.data.problems import Account, problem, reason_of
 from vlm_jax.data.text import Tokenize
 from vlm_jax.data.tokenizers import Tokenizer
 from vlm_jax.errors import ConfigError, DataError, did_you_mean
-from vlm_jax.settings import call, plain
+from vlm_jax.settings import call, choose, plain
 
 FORMAT_VERSION = 1
+FORMATS = {**dict.fromkeys(KINDS, Format), "interleaved": InterleavedFormat}
 
 
 class Processor:
@@ -32,11 +35,12 @@ class Processor:
       image: the image operations, [[name, {settings}], ...]; they must end in float32 pictures of one size. Empty: records need no image.
       text: the text operations; they must end in `tokenize`. Empty: records need no texts.
       format: how picture, prompt and target become the arrays of a generating model: the settings of `formats.Format` that a user sets, `kind`,
-        `length`, `image_tokens`, ... The text operations before `tokenize` apply to prompt and target; of `tokenize` tokenizer and padding are used.
+        `length`, `image_tokens`, ..., or of `interleaved.InterleavedFormat` (kind "interleaved": documents of texts and pictures). The text operations
+        before `tokenize` apply to prompt and target; of `tokenize` tokenizer and padding are used.
     Attributes:
       image_size: (height, width), None without image operations.
       length, vocab_size, tokenizer: of the tokens, None without text operations; with a format its length.
-      format: the `Format`, None without one.
+      format: the `Format` or `InterleavedFormat`, None without one.
       digest: SHA-256 of operations, settings and tokenizer: two processors of one digest give the same arrays.
     Raises:
       ConfigError: for operations that do not exist, do not fit together, or do not end in arrays of one shape.
@@ -65,11 +69,12 @@ class Processor:
             texts[-1] = ("tokenize", {**texts[-1][1], "tokenizer": self.tokenizer.to_dict()})
         self._image_shape = shape = self._probe() if images else None
         self.image_size = shape[:2] if shape is not None and len(shape) == 3 else None
-        self.format: Format | None = None
+        self.format: Format | InterleavedFormat | None = None
         if form is not None:
             if tokenize.bos or tokenize.eos != "none":
                 raise ConfigError("processor.text: with a format, marks are set by format.begin and format.end; leave bos and eos of tokenize out.")
-            self.format = call(Format, form, "processor.format", tokenizer=self.tokenizer, pad_id=tokenize.pad_id, image_shape=shape)
+            maker = choose(FORMATS, str(form.get("kind", KINDS[0])), "processor.format.kind")
+            self.format = call(maker, form, "processor.format", tokenizer=self.tokenizer, pad_id=tokenize.pad_id, image_shape=shape)
             self.length = self.format.length
         # Settings are kept as plain data (JSON has no tuples and no numpy numbers): what is saved is what was built.
         self._settings = {"format_version": FORMAT_VERSION, "image": plain(images), "text": plain(texts)}
@@ -103,12 +108,15 @@ class Processor:
         `name` is put in front of error messages.
 
         With a format the arrays are those of `formats.Format.example`, made of `image`, `prompt` (a str, "" if missing) and a target out of `texts`; a
-        record with `text_only` True needs no image.
+        record with `text_only` True needs no image. With an interleaved one a record holds `segments` (data/documents.py; `next_image` True or False may say
+        which picture its text reads), or `documents`, a list of such records for one row.
 
         Raises:
           DataError: with a `reason`: those of `decode_image`, image_too_small, image_too_long, caption_missing, caption_not_text,
             caption_empty, token_out_of_vocabulary; of a format also prompt_not_text and those of `Format.example`.
         """
+        if isinstance(self.format, InterleavedFormat):
+            return self._documents(record, rng, name, strict=True)[0]
         if self.format is not None:
             return self._example(record, rng, name)
         result = {}
@@ -132,6 +140,83 @@ class Processor:
         target = _named(name, prepared, self._text[:-1], self.caption(record, rng, name), rng)
         return _named(name, self.format.example, image, _named(name, prepared, self._text[:-1], prompt, rng), target)
 
+    def accounted(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> tuple[dict[str, np.ndarray], Account]:
+        """As `__call__`, with what there is to count: what was cut off, and the bad ones among several documents of one row, which are left out of it."""
+        if isinstance(self.format, InterleavedFormat):
+            return self._documents(record, rng, "", strict=False)
+        return self(record, rng), Account()
+
+    def _documents(self, record: Mapping[str, Any], rng: np.random.Generator | None, name: str, strict: bool) -> tuple[dict[str, np.ndarray], Account]:
+        """Returns the arrays of the documents of a record in one row; `strict`: a bad one is raised also if others are good."""
+        documents = record.get("documents", (record,))
+        if not isinstance(documents, (list, tuple)) or not documents:
+            raise problem("document_wrong_type", f"{name or 'record'}: documents is {documents!r:.60}; give a list of at least one record.")
+        rows, pictures, bad = [], [], []
+        for document in documents:
+            try:
+                if isinstance(document, DataError):
+                    raise document
+                row = _named(name, self._row, document, rng)
+                pictures += [_named(name, self._pixels, picture, number, rng) for number, picture in enumerate(row.pictures)]
+                rows.append(row)
+            except DataError as error:
+                if strict or len(documents) == 1:
+                    raise
+                bad.append(error)
+        if not rows:
+            raise bad[0]
+        problems = tuple((reason_of(error), str(error)) for error in bad)
+        return _named(name, self.format.example, rows, pictures), Account(len(documents), problems, tuple(note for row in rows for note in row.notes))
+
+    def _row(self, record: Mapping[str, Any], rng: np.random.Generator | None) -> Row:
+        """Returns the tokens of a document."""
+        segments, following = self.segments(record, rng), record.get("next_image")
+        if following is not None and not isinstance(following, (bool, np.bool_)):
+            raise problem("document_wrong_type", f"record: next_image is {following!r:.40}; it says True or False, or is left out.")
+        return self.format.row(segments, rng, following)
+
+    def segments(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> list[Segment]:
+        """Returns the segments of a record, its texts after the text operations: those of `segments`, or of a plain record picture, prompt and target."""
+        if not isinstance(record, Mapping):
+            raise problem("document_wrong_type", f"a document is a {type(record).__name__}, not a record; write {{\"segments\": [...]}}.")
+        if "segments" in record:
+            return self._prepared(record["segments"], rng)
+        if self._image and not record.get("text_only") and record.get("image") is None and record.get("frames") is None:
+            raise problem("image_missing", "record: there is no image; give the record one, mark it text_only, or leave it out.")
+        marker = self.format.image_marker
+        return self._prepared(plain_segments(record if self._image else {**record, "text_only": True}, self.caption(record, rng), marker), rng)
+
+    def _prepared(self, segments: Any, rng: np.random.Generator | None = None) -> Any:
+        """Returns segments with their texts after the text operations; what is no segment stays, for the format to refuse."""
+        if not isinstance(segments, (list, tuple)):
+            return segments
+        return [{**segment, "text": prepared(self._text[:-1], segment["text"], rng)}
+                if isinstance(segment, Mapping) and isinstance(segment.get("text"), str) else segment for segment in segments]
+
+    def _pixels(self, picture: Segment, number: int, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Returns picture `number` of a document: [H, W, 3], or [F, H, W, 3], whose frames share all random draws."""
+        seed = None if rng is None else int(rng.integers(2**63))
+        try:
+            frames = [operations.apply(self._image, frame, None if seed is None else np.random.default_rng(seed))
+                      for frame in frames_of(picture, self.format.frames)]
+        except DataError as error:
+            raise problem(reason_of(error), f"picture {number} of the document: {error}") from None
+        return frames[0] if self.format.frames is None else np.stack(frames)
+
+    def document(self, segments: Sequence[Segment]) -> dict[str, np.ndarray]:
+        """Returns the inputs, without a batch axis, of a document of texts and pictures that a model goes on from (`InterleavedFormat.prompt`)."""
+        if not isinstance(self.format, InterleavedFormat):
+            raise ConfigError('this processor reads no documents; give it processor.format with kind="interleaved".')
+        row = self.format.prompt(self._prepared(segments))
+        return self.format.inputs(row, [self._pixels(picture, number) for number, picture in enumerate(row.pictures)])
+
+    def documents(self, documents: Sequence[Sequence[Segment]]) -> dict[str, np.ndarray]:
+        """Returns the inputs of several documents as one batch, padded on the right to the longest; `images` holds as many pictures as the one of most."""
+        rows = [self.document(segments) for segments in documents]
+        if self.format is None:
+            raise ConfigError('this processor reads no documents; give it processor.format with kind="interleaved".')
+        return self.format.batch(rows)
+
     def prompt(self, image: Any = None, prompt: str = "") -> dict[str, np.ndarray]:
         """Returns the inputs, without a batch axis, from which a model answers `prompt` about `image` (None: a text alone); it is not padded."""
         if self.format is None:
@@ -140,6 +225,8 @@ class Processor:
             raise problem("prompt_not_text", f"the prompt must be a string, got {prompt!r:.60}; correct it.")
         if image is not None and not self._image:
             raise ConfigError("this processor has no image operations; list some under processor.image, or ask without an image.")
+        if isinstance(self.format, InterleavedFormat):
+            return self.document(plain_segments({"image": image, "prompt": prompt}, None, self.format.image_marker))
         picture = None if image is None else operations.apply(self._image, image)
         return self.format.inputs(picture, prepared(self._text[:-1], prompt))
 
@@ -147,6 +234,9 @@ class Processor:
         """Returns the inputs, without a batch axis, of a text that a chat template wrote, `marker` standing in it for each picture (`Format.conversation`)."""
         if self.format is None or not self._image:
             raise ConfigError("this model's conversations are text only; leave the pictures out.")
+        if isinstance(self.format, InterleavedFormat):
+            row = self.format.conversation(text, [image_segment(image) for image in images], marker)
+            return self.format.inputs(row, [self._pixels(picture, number) for number, picture in enumerate(row.pictures)])
         return self.format.conversation([operations.apply(self._image, image) for image in images], text, marker)
 
     def prompts(self, images: Sequence[Any] | None, prompts: Sequence[str]) -> dict[str, np.ndarray]:

@@ -91,5 +91,5 @@ def prompt_of_format(model: Any, shapes: Mapping[str, tuple[tuple[int, ...], Any
     if encodes:
         return inputs, form["target_length"]
     answer = max(1, (form["length"] - form.get("image_tokens", 0)) // 2)
-    along = ("tokens", "valid", "prefix", "slots")
+    along = ("tokens", "valid", "prefix", "slots", "media_index", "segment_ids")
     return {name: ((form["length"] - answer,) if name in along else shape, dtype) for name, (shape, dtype) in inputs.items()}, answer

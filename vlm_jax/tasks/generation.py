@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from vlm_jax.data.interleaved import ALONG as ROW_DTYPES, array_shapes
 from vlm_jax.errors import ConfigError, DataError, did_you_mean
 from vlm_jax.losses import supervision, token_scores, weighted_loss
 from vlm_jax.nn.linear import effective
 
 OF_THE_LOADER = ("mask", "weight", "example_id")     # what a stream holds besides the arrays of its examples
-KINDS = ("causal", "prefix_lm", "encoder_decoder")   # of `processor.format`
+KINDS = ("causal", "prefix_lm", "encoder_decoder", "interleaved")   # of `processor.format`
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ class GenerationTask:
         for key, least in (("length", 0 if alone else 1), *((("target_length", 1),) if kind == "encoder_decoder" else ())):
             if type(form.get(key)) is not int or form[key] < least:
                 raise ConfigError(f"processor.format.{key} is {form.get(key)!r}; it must be an integer of at least {least}.")
+        if kind == "interleaved":
+            known = {key: form[key] for key in ("length", "pictures", "frames", "image_tokens", "pack") if key in form}
+            shapes = array_shapes(pictures["images"][0][-3:] if "images" in pictures and form.get("pictures") else None, **known)
+            return {key: (shape, ROW_DTYPES.get(key, jnp.float32)) for key, shape in shapes.items()}
         row, target = (form["length"],), (form["target_length" if kind == "encoder_decoder" else "length"],)
         shapes = {"tokens": (row, jnp.int32), "valid": (row, jnp.bool_)} if form["length"] else {}
         if form.get("image_tokens") or alone:
@@ -152,9 +157,21 @@ class GenerationTask:
                     row, place = np.argwhere(wrong)[0]
                     raise DataError(f"stream {name}, example {ids[rows[row]]}: {key}[{place}] is {tokens[row, place]}, but the model's vocabulary has "
                                     f"{entries} entries; use the tokenizer of these weights, or raise the vocab_size of the language model.")
+            if "media_index" in stream:
+                check_media_index(name, stream, rows, ids)
             if "images" in stream and "slots" in stream and hasattr(self.model, "image_tokens"):
                 from vlm_jax.models.visual_tokens import check_slots
                 check_slots(stream["slots"][rows], stream["images"].shape[1], self.model.image_tokens(), [f"stream {name}, example {ids[row]}" for row in rows])
+
+
+def check_media_index(name: str, stream: Mapping[str, np.ndarray], rows: np.ndarray, ids: np.ndarray) -> None:
+    """Raises a DataError where a token of a stream reads a picture that its example has not."""
+    index, pictures = stream["media_index"][rows], stream["images"].shape[1] if "images" in stream else 0
+    wrong = (index < -1) | (index >= pictures)
+    if wrong.any():
+        row, place = np.argwhere(wrong)[0]
+        raise DataError(f"stream {name}, example {ids[rows[row]]}: media_index[{place}] is {index[row, place]}, but the example has {pictures} pictures; "
+                        "give it the picture, or -1 where the token reads none.")
 
 
 def plain_heads(params: Any) -> Any:

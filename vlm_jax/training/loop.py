@@ -188,6 +188,8 @@ def run_stage(run: Run, parts: setup.Parts, step: int, state):
     for name, loader in parts.loaders.items():
         if loader.bad:
             print(f"  {name}: skipped bad records: " + ", ".join(f"{reason} {count}" for reason, count in sorted(loader.bad.items())), flush=True)
+        if loader.notes:
+            print(f"  {name}: " + ", ".join(f"{note} {count}" for note, count in sorted(loader.notes.items())), flush=True)
     return state, loss, evaluations
 
 
