@@ -1,7 +1,7 @@
 """Presets of the cross-attention language models: Flamingo, OpenFlamingo, IDEFICS, and small ones for tests and studies.
 
-Sources: Alayrac et al., "Flamingo" (2022), table 5 and section B.1 (sizes), appendix A.1.1 (resampler); Awadalla et al., "OpenFlamingo" (2023), table 1, and the
-released settings; Laurençon et al., "OBELICS" (2023), and the released config.json of IDEFICS.
+Sources: Alayrac et al., "Flamingo" (2022), table 5 and section B.1 (sizes), appendix A.1.1 (resampler); Awadalla et al., "OpenFlamingo" (2023), table 1, and
+the released settings; Laurençon et al., "OBELICS" (2023), and the released config.json of IDEFICS.
 """
 from typing import Any
 
@@ -47,7 +47,8 @@ def _small(size: int, patch: int, width: int, heads: int, image_depth: int, dept
            scan: bool = False) -> Settings:
     """A tower and a decoder of one width; unrolled, which is the faster way on a CPU."""
     return dict(image=dict(image_size=size, patch_size=patch, width=width, depth=image_depth, mlp_dim=4 * width, num_heads=heads),
-                language=dict(vocab_size=vocab_size, width=width, depth=depth, mlp_dim=4 * width, num_heads=heads, activation="gelu", gated=False, new_tokens=1),
+                language=dict(vocab_size=vocab_size, width=width, depth=depth, mlp_dim=4 * width, num_heads=heads, activation="gelu", gated=False,
+                              new_tokens=1),
                 gated=dict(every=every, num_heads=heads, head_dim=width // heads),
                 resampler=dict(num_latents=latents, depth=2, num_heads=heads, head_dim=width // heads), scan=scan)
 
