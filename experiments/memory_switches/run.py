@@ -4,8 +4,8 @@
     python -m experiments.memory_switches.run --platforms tpu --only base,remat      # rows whose names begin so; the others stay as they were recorded
 
 TPU programs are compiled ahead of time by libtpu for a topology that is not there. The figure is what the compiler plans on one device:
-arguments + outputs - aliased + temporaries. The rows of the platform `state` are the bytes of the training state alone (parameters, optimiser), which need
-no compiler.
+arguments + outputs - aliased + temporaries. The rows of the platform `state` are the bytes of the training state alone (parameters, optimiser), those of
+`kept` the bytes that a stack of blocks keeps for its backward pass; both need no compiler.
 """
 import argparse
 from importlib.metadata import version
@@ -43,11 +43,15 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "scan=False": dict(model=dict(scan=False)),
     "scan=False, remat=full": dict(model=dict(scan=False, remat="full")),
 }
+# What twelve blocks as ViT-B's keep of 8 rows of 256 tokens, by policy of rematerialisation and dtype of the products.
+KEPT: dict[str, dict[str, str]] = {f"{dtype}, remat={remat}": dict(remat=remat, dtype=dtype) for dtype in ("bfloat16", "float32")
+                                   for remat in ("none", "minimal", "attention", "mlp", "full")}
 # A head as PaliGemma's: 257,152 entries, width 2,048, tied; 4 x 512 positions on each of 8 devices, the table split over them (fsdp).
 VOCABULARY: dict[str, dict[str, Any]] = {"vocabulary dense": dict(tiled=False), "vocabulary tiled": dict(tiled=True)}
 PLATFORMS: dict[str, tuple[str, ...]] = {
     "state": ("base", "fsdp=8", "momentum bf16", "both moments bf16", "lion bf16", "adafactor", "image frozen", "image frozen, bf16",
               "all: full, fsdp=8, moments bf16"),
+    "kept": tuple(KEPT),
     "tpu": (*SWITCHES, *VOCABULARY),
     "cpu": ("base", "remat=full", "remat=minimal", "donate=False", "fsdp=8", "both moments bf16", "image frozen, bf16", *VOCABULARY),
 }
@@ -108,6 +112,29 @@ def compile_vocabulary(tiled: bool, devices, positions: tuple[int, int] = (4, 51
     return step.lower(*arguments).compile()
 
 
+def kept_bytes(remat: str, dtype: str, rows: int = 8, tokens: int = 256, width: int = 768, depth: int = 12, **settings: Any) -> int:
+    """The bytes that blocks keep for the backward pass beside their parameters, from the shapes of `jax.vjp`: what the compiler is given, not its plan.
+
+    Parameters are among those shapes and do not grow with the rows, so the figure is twice what half of the rows add.
+    """
+    from functools import partial
+    import math
+
+    import jax
+    import jax.numpy as jnp
+
+    from vlm_jax.nn.block import TransformerBlock
+    from vlm_jax.nn.stack import Stack
+    stack = Stack(partial(TransformerBlock, width // 64, 4 * width, dtype=dtype, **settings), depth, True, remat)
+
+    def residuals(rows: int) -> int:
+        x = jax.ShapeDtypeStruct((rows, tokens, width), jnp.float32)
+        params = jax.eval_shape(stack.init, jax.random.key(0), x)
+        back = jax.eval_shape(lambda params, x: jax.vjp(lambda params, x: stack.apply(params, x)[0], params, x)[1], params, x)
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(back))
+    return 2 * (residuals(rows) - residuals(rows // 2))
+
+
 def figures(compiled) -> dict[str, int]:
     """Bytes on one device, as the compiler plans them."""
     plan = compiled.memory_analysis()
@@ -127,6 +154,10 @@ def work(platform: str, names: list[str]) -> None:
     for name in names:
         row: dict[str, Any] = dict(platform=platform, switch=name)
         try:
+            if platform == "kept":
+                row["kept"] = kept_bytes(**KEPT[name])
+                print(json.dumps(row), flush=True)
+                continue
             if platform == "state":
                 from vlm_jax.training.dry_run import state_bytes
                 row["state"] = state_bytes(build(SWITCHES[name], devices).abstract_state)
@@ -173,7 +204,7 @@ def line_of(row: dict[str, Any]) -> str:
     """One row as text."""
     if "error" in row:
         return f"{row['platform']:5} {row['switch']:34} {row['error']}"
-    numbers = "  ".join(f"{name} {row[name] / 2**20:9,.0f}" for name in ("state", "peak", "temporaries", "arguments", "aliased", "host") if name in row)
+    numbers = "  ".join(f"{name} {row[name] / 2**20:9,.0f}" for name in ("state", "kept", "peak", "temporaries", "arguments", "aliased", "host") if name in row)
     return f"{row['platform']:5} {row['switch']:34} {numbers}  MiB"
 
 
@@ -185,6 +216,8 @@ def table_of(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['platform']} | {row['switch']} | does not fit | | | |")
         elif "state" in row:
             lines.append(f"| state | {row['switch']} | {row['state'] / 2**20:,.0f} | | | |")
+        elif "kept" in row:
+            lines.append(f"| kept | {row['switch']} | {row['kept'] / 2**20:,.0f} | | | |")
         else:
             peak, temporaries, arguments, host = (f"{row[name] / 2**20:,.0f}" for name in ("peak", "temporaries", "arguments", "host"))
             lines.append(f"| {row['platform']} | {row['switch']} | {peak} | {temporaries} | {arguments} | {host if row['host'] else ''} |")
@@ -196,6 +229,7 @@ def metrics_of(rows: list[dict[str, Any]]) -> dict[str, float]:
     peaks = {row["switch"]: row["peak"] for row in rows if row["platform"] == "tpu" and "peak" in row}
     metrics = {f"tpu_mib[{name}]": peak / 2**20 for name, peak in peaks.items()}
     metrics.update({f"state_mib[{row['switch']}]": row["state"] / 2**20 for row in rows if "state" in row})
+    metrics.update({f"kept_mib[{row['switch']}]": row["kept"] / 2**20 for row in rows if "kept" in row})
     temporaries = {row["switch"]: row["temporaries"] for row in rows if row["platform"] == "tpu" and "peak" in row}
     if set(VOCABULARY) <= set(temporaries):
         metrics["vocabulary_tiled_over_dense_temporaries"] = temporaries["vocabulary tiled"] / temporaries["vocabulary dense"]
@@ -205,7 +239,7 @@ def metrics_of(rows: list[dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     """Compiles the rows and writes each into results.json as it is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--platforms", default="state,tpu,cpu")
+    parser.add_argument("--platforms", default="state,kept,tpu,cpu")
     parser.add_argument("--only", default="", help="beginnings of the names of rows, separated by commas")
     parser.add_argument("--table", action="store_true", help="compiles nothing, prints what is recorded as Markdown")
     parser.add_argument("--child", help=argparse.SUPPRESS)
