@@ -33,6 +33,21 @@ def lay_out(config: ml.ConfigDict, arg: ml.ConfigDict, default: str, parameters:
         config.topology = topology
 
 
+def study_stage(test: bool, steps: int, source: dict, batch_size: int, warmup: int, stream: str = "pairs", **overrides: Any) -> dict:
+    """A stage of the small studies on drawn pictures: all parameters by AdamW whose decay follows the learning rate, which falls from 1e-3 by a cosine.
+
+    The test variant takes two steps of eight examples. `overrides` are other settings of the stage.
+    """
+    return {**dict(
+        steps=2 if test else steps,
+        data={stream: dict(source=source, batch_size=8 if test else batch_size)},
+        train=[(r".*", {})],
+        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4, decay_by="schedule"),
+        schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else warmup),
+        clip=1.0,
+    ), **overrides}
+
+
 def pictures(size: int, low: float = -1.0, high: float = 1.0, method: str = "bilinear") -> list:
     """Image operations of SigLIP: decode, resize to a square whatever the aspect ratio, map 0..255 linearly to low..high."""
     return [["decode", {}], ["resize", {"size": size, "method": method}], ["value_range", {"low": low, "high": high}]]

@@ -6,7 +6,7 @@ Try here: python -m vlm_jax.train --config configs/pali/emoji.py:variant=test --
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import lay_out
+from vlm_jax.configs.common import lay_out, study_stage
 from vlm_jax.configs.pali.recipe import drawn, trained_text
 from vlm_jax.data.worlds.emoji_names import LANGUAGES
 from vlm_jax.training.config import parse_arg
@@ -29,14 +29,7 @@ def get_config(arg=None):
         format=dict(kind="encoder_decoder", length=patches + 8, target_length=40, image_tokens=patches, truncate_target=True))
     config.task = dict(name="generation")
     lay_out(config, arg, "", parameters=20_000_000)
-    config.stages = [dict(
-        steps=2 if test else arg.steps,
-        data=dict(captions=dict(source=train, batch_size=8 if test else 128)),
-        train=[(r".*", {})],
-        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4, decay_by="schedule"),
-        schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else 100),
-        clip=1.0,
-    )]
+    config.stages = [study_stage(test, arg.steps, train, batch_size=128, warmup=100, stream="captions")]
     every = 2 if test else 10_000   # and at the end
     languages = ["en", "de"] if test else list(LANGUAGES)
     held_out = dict(name="emoji_captions", split="heldout_attributes", languages=languages, size=72)

@@ -10,7 +10,7 @@ Try here: python -m vlm_jax.train --config configs/pali/shapes.py:variant=test -
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import lay_out, trained_text as padded_text
+from vlm_jax.configs.common import lay_out, study_stage, trained_text as padded_text
 from vlm_jax.configs.pali.recipe import LOCATIONS, drawn, trained_text
 from vlm_jax.training.config import parse_arg
 
@@ -37,26 +37,14 @@ def get_config(arg=None):
     config.task = dict(name="generation")
     lay_out(config, arg, "", parameters=10_000_000)
     seen = {name: dict(name="shapes", split="train", size=size, objects=objects) for name, objects in (("single", 1), ("several", [1, 2]))}
-    contrastive = dict(
-        steps=2 if test else arg.contrastive,
+    contrastive = study_stage(
+        test, arg.contrastive, dict(name="mixture", sources=seen), batch_size=128, warmup=50,
         model=dict(name="siglip", preset="test" if test else "shapes", image=dict(patch_size=patch)),
         processor=dict(text=padded_text(dict(seen["several"], limit=1000), vocab_size=300, length=16), format=None),
-        task=dict(name="contrastive", loss="sigmoid"),
-        data=dict(pairs=dict(source=dict(name="mixture", sources=seen), batch_size=8 if test else 128)),
-        train=[(r".*", {})],
-        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4, decay_by="schedule"),
-        schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else 50),
-        clip=1.0,
-    )
-    config.stages = [contrastive, dict(
-        steps=2 if test else arg.steps,
-        init_from=dict(previous=True, mapping=[(r"(image/(?!pooling).*)", r"\1")]),
-        data=dict(tasks=dict(source=dict(name="mixture", sources=tasks, weights=dict(captions=1, questions=2, boxes=1)), batch_size=8 if test else 128)),
-        train=[(r".*", {})],
-        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4, decay_by="schedule"),
-        schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else 100),
-        clip=1.0,
-    )]
+        task=dict(name="contrastive", loss="sigmoid"))
+    config.stages = [contrastive, study_stage(
+        test, arg.steps, dict(name="mixture", sources=tasks, weights=dict(captions=1, questions=2, boxes=1)), batch_size=128, warmup=100, stream="tasks",
+        init_from=dict(previous=True, mapping=[(r"(image/(?!pooling).*)", r"\1")]))]
     every = 4 if test else 10_000   # the end of the last stage: the first one cannot answer
     limit = 12 if test else 500
     config.evaluations = dict(

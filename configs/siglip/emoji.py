@@ -8,7 +8,7 @@ Data:     1,107 pictures are never trained on: `heldout_attributes` holds combin
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import lay_out, pictures, retrieval, trained_text
+from vlm_jax.configs.common import lay_out, pictures, retrieval, study_stage, trained_text
 from vlm_jax.training.config import parse_arg
 
 
@@ -28,14 +28,7 @@ def get_config(arg=None):
     config.processor = dict(image=pictures(size, -2.0, 0.0), text=text)
     config.task = dict(name="contrastive", loss="sigmoid")
     lay_out(config, arg, "", parameters=10_000_000)
-    config.stages = [dict(
-        steps=2 if test else arg.steps,
-        data=dict(pairs=dict(source=train, batch_size=8 if test else 256)),
-        train=[(r".*", {})],
-        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4, decay_by="schedule"),
-        schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else 50),
-        clip=1.0,
-    )]
+    config.stages = [study_stage(test, arg.steps, train, batch_size=256, warmup=50)]
     every = 2 if test else 150
     limit = 24 if test else None
     config.evaluations = dict(

@@ -10,7 +10,7 @@ Measured: held-out combinations, text to image R@1 / R@5: English 66.0 / 96.7 %,
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import lay_out, pictures, retrieval, trained_text
+from vlm_jax.configs.common import lay_out, pictures, retrieval, study_stage, trained_text
 from vlm_jax.data.worlds.emoji_splits import HELDOUT_LANGUAGES, TRAIN_LANGUAGES
 from vlm_jax.training.config import parse_arg
 
@@ -31,16 +31,8 @@ def get_config(arg=None):
     config.processor = dict(image=pictures(24 if test else 48, -2.0, 0.0), text=trained_text(words, vocab_size=3000 if test else 8192, length=28))
     config.task = dict(name="contrastive", loss="sigmoid")
     lay_out(config, arg, "", parameters=10_000_000)
-    english = dict(
-        steps=2 if test else arg.steps,
-        data=dict(pairs=dict(source=dict(train, languages=["en"]), batch_size=8 if test else 256)),
-        train=[(r".*", {})],
-        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4, decay_by="schedule"),
-        schedule=dict(name="cosine", peak=1e-3, warmup=1 if test else 50),
-        clip=1.0,
-    )
-    translation = dict(english, steps=2 if test else arg.text_steps, data=dict(pairs=dict(source=train, batch_size=8 if test else 256)),
-                       train=[(r"image/.*", None), (r".*", {})])
+    english = study_stage(test, arg.steps, dict(train, languages=["en"]), batch_size=256, warmup=50)
+    translation = study_stage(test, arg.text_steps, train, batch_size=256, warmup=50, train=[(r"image/.*", None), (r".*", {})])
     config.stages = [english, translation]
     every = 2 if test else 10_000   # and at the end
     limit = 24 if test else None

@@ -135,18 +135,14 @@ class CenterCrop:
 
 @register("image", "random_crop")
 @dataclasses.dataclass(frozen=True)
-class RandomCrop:
+class RandomCrop(CenterCrop):
     """Cuts `size` from a uniformly random place; without an rng, from the middle."""
-    size: int | Sequence[int]
-
-    def __post_init__(self):
-        _pair(self.size)
 
     def __call__(self, image: Pixels, rng: np.random.Generator | None = None) -> Image.Image:
+        if rng is None:
+            return super().__call__(image)
         image, (height, width) = as_image(image), _pair(self.size)
         rows, columns = _room(image, height, width)
-        if rng is None:
-            return _crop(image, rows // 2, columns // 2, height, width)
         return _crop(image, int(rng.integers(rows + 1)), int(rng.integers(columns + 1)), height, width)
 
 

@@ -1,5 +1,5 @@
 """Reading config.json of others: every value is checked for kind and range before anything is made of it."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import math
 import os
 from typing import Any
@@ -112,9 +112,15 @@ class Section:
         if found != value or type(found) is not type(value):
             raise ConfigError(f"{self.where}.{key}: {show(found)} is not supported, only {show(value)}: {why}.")
 
-    def architecture(self) -> str | None:
-        """The class of the reference that the weights are of, the first of `architectures`; None where it is not said."""
+    def architecture(self, known: Iterable[str] | None = None) -> str | None:
+        """The class of the reference that the weights are of, the first of `architectures`; None where it is not said.
+
+        Raises:
+          ConfigError: if it is said and none of `known`, where these are given.
+        """
         listed = self.texts("architectures", None, longest=16)
+        if listed and known is not None and listed[0] not in known:
+            raise ConfigError(f"config.json: architectures is {listed[0]!a:.60}; of this family {', '.join(known)} are known.")
         return listed[0] if listed else None
 
     def _get(self, key: str, default: Any) -> Any:

@@ -12,7 +12,6 @@ import os
 import re
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,7 +20,7 @@ from vlm_jax.errors import CheckpointError, ConfigError, did_you_mean
 from vlm_jax.interop import families
 from vlm_jax.interop.config_reader import Section, read_config
 from vlm_jax.interop.safetensors import inside, open_file, refuse_pickle, show, write_file
-from vlm_jax.interop.table import Row
+from vlm_jax.interop.table import Row, flat, nested
 from vlm_jax.nn.linear import input_axes
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -63,7 +62,7 @@ def save_adapters(loaded: Any, folder: str | os.PathLike, base: str = "") -> Non
       CheckpointError: if the folder cannot be written.
     """
     folder = os.path.expanduser(os.fspath(folder))
-    table, modules = _flat(loaded.params), _by_path(loaded)
+    table, modules = flat(loaded.params), _by_path(loaded)
     adapted = [path.removesuffix("/lora/a") for path in table if path.endswith("/lora/a")]
     if not adapted:
         raise ConfigError("the parameters have no adapters; add some (training/adapters.py), or write the whole model with format=\"hf\".")
@@ -132,14 +131,14 @@ def load_adapters(loaded: Any, folder: str | os.PathLike) -> dict[str, Any]:
             raise CheckpointError(f"{source.where}: {show(name)} has lora_{min(pair)} alone; fetch the file again.")
         matrices = _ours(known[name][0], source.read(pair["A"]), source.read(pair["B"]), f"{source.where}: {show(name)}")
         read[known[name]] = matrices, _scaling(config, name, source, pair)
-    table = _flat(loaded.params)
+    table = flat(loaded.params)
     present = [path for path in table if "/lora/" in path]
     if present:
         raise ConfigError(f"{present[0]}: the parameters have adapters already; merge them first.")
     rate = config.number("lora_dropout", 0.0, 0.0, 0.999)
     for module in dict.fromkeys(module for module, _ in read):
         table.update(_stacked(module, {layer: value for (owner, layer), value in read.items() if owner is module}, rate, source.where))
-    return _nested(table)
+    return nested(table)
 
 
 def _by_path(loaded: Any) -> dict[str, Module]:
@@ -147,7 +146,7 @@ def _by_path(loaded: Any) -> dict[str, Module]:
     original = loaded.config.get("hf") or {}
     family = families.family(original["model_type"]) if original else families.writer(loaded.config["model"]["name"], loaded.model)
     prefix = family.prefix(loaded.model) if callable(family.prefix) else family.prefix
-    leaves, modules = _flat(loaded.params), {}
+    leaves, modules = flat(loaded.params), {}
     for row in family.rows(loaded.model):
         paths = () if not isinstance(row, Row) else (row.ours,) if isinstance(row.ours, str) else row.ours
         if paths and isinstance(row.theirs, str) and row.theirs.endswith(".weight") and all(path.endswith("/kernel") for path in paths):
@@ -277,18 +276,3 @@ def _stacked(module: Module, layers: Mapping[int | None, tuple[tuple[np.ndarray,
             if rate:
                 table[f"{part}/lora/dropout"] = jnp.full(scaling.shape, rate, jnp.float32)
     return table
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _nested(table: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in table.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree

@@ -107,7 +107,7 @@ def read(rows: Rows, source: Source, shapes: Any, shardings: Any = None, dtype: 
     Raises:
       CheckpointError: naming the first few keys that are missing, not consumed, or do not fit.
     """
-    wanted = _flat(shapes)
+    wanted = flat(shapes)
     placed = _flat_shardings(shardings, wanted)
     names = _names(source, prefix, renames, rows)
     tasks = plan(rows, {path: tuple(leaf.shape) for path, leaf in wanted.items()})
@@ -144,7 +144,7 @@ def read(rows: Rows, source: Source, shapes: Any, shardings: Any = None, dtype: 
             if waiting[path] == 0:
                 leaves[path] = leaf.finish()
         del array, arrays
-    return _nested(leaves)
+    return nested(leaves)
 
 
 def write(rows: Rows, params: Any) -> dict[str, Lazy]:
@@ -153,7 +153,7 @@ def write(rows: Rows, params: Any) -> dict[str, Lazy]:
     Raises:
       CheckpointError: if the table and the parameters are not of one model.
     """
-    leaves = _flat(params)
+    leaves = flat(params)
     tensors: dict[str, Lazy] = {}
     for task in plan(rows, {path: tuple(np.shape(leaf)) for path, leaf in leaves.items()}):
         paths = _tuple(task.row.ours)
@@ -261,7 +261,8 @@ def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _flat(tree: Any) -> dict[str, Any]:
+def flat(tree: Any) -> dict[str, Any]:
+    """Returns nested dicts as {path: leaf}; a path's parts are joined by `/`."""
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -270,10 +271,11 @@ def _flat_shardings(shardings: Any, wanted: Mapping[str, Any]) -> dict[str, Any]
         shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if isinstance(shardings, jax.sharding.Sharding):
         return dict.fromkeys(wanted, shardings)
-    return _flat(shardings)
+    return flat(shardings)
 
 
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {path: leaf} as nested dicts; a path's parts are joined by `/`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")

@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 
+from vlm_jax.interop.table import nested
+
 STACK = "blocks"   # what lies below a module of this name is stored stacked, with a leading layer axis
 LORA = "lora"      # the module of an adapter's leaves, below the `Linear` that it changes (training/adapters.py)
 
@@ -25,14 +27,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 def unflatten(table: Mapping[str, Any]) -> dict:
     """Returns the nested dicts of a {path: leaf} table; the inverse of `flatten` for trees of dicts."""
-    tree: dict = {}
-    for path, leaf in table.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+    return nested(table)
 
 
 def is_stacked(path: str) -> bool:

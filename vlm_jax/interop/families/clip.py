@@ -34,9 +34,7 @@ BUFFERS = Ignored(r"((vision_model|text_model)\.)?embeddings\.position_ids")
 def to_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json -> the dual encoder, or one of its towers."""
     section = Section(config)
-    architecture = section.architecture()
-    if architecture is not None and architecture not in CLASSES:
-        raise ConfigError(f"config.json: architectures is {architecture!a:.60}; of this family {', '.join(CLASSES)} are known.")
+    architecture = section.architecture(CLASSES)
     kind = section.text("model_type")
     if kind != "clip":
         projection = section.integer("projection_dim", 512, most=MAX_WIDTH) if architecture in PROJECTED else None

@@ -17,9 +17,7 @@ POOLER = "pooler.dense.weight"
 def to_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json -> `Vit`: the class token's state, through the pooler (a tanh) of ViTModel or the classifier."""
     section = Section(config)
-    architecture = section.architecture() or "ViTModel"
-    if architecture not in CLASSES:
-        raise ConfigError(f"config.json: architectures is {architecture!a:.60}; of this family {', '.join(CLASSES)} are known.")
+    architecture = section.architecture(CLASSES) or "ViTModel"
     section.require("qkv_bias", True, True, "the projections of our ViT have biases")
     width = section.integer("hidden_size", 768, most=MAX_WIDTH)
     if architecture == "ViTModel":
