@@ -26,7 +26,7 @@ from vlm_jax.data.files import MAX_BYTES, expand_paths, inside, read_file, read_
 from vlm_jax.data.problems import problem
 from vlm_jax.data.sources import check_index, locate_part, offsets_of
 from vlm_jax.data.tables import line_index
-from vlm_jax.data.tar_shards import KINDS, read_members, shard_index, split_key
+from vlm_jax.data.tar_index import KINDS, read_members, shard_index, split_key
 from vlm_jax.errors import ConfigError, DataError
 
 _ADDRESS = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
