@@ -152,21 +152,27 @@ class Processor:
         if not isinstance(documents, (list, tuple)) or not documents:
             raise problem("document_wrong_type", f"{name or 'record'}: documents is {documents!r:.60}; give a list of at least one record.")
         rows, pictures, bad = [], [], []
-        for document in documents:
+        for place, document in enumerate(documents):
             try:
-                if isinstance(document, DataError):
-                    raise document
-                row = _named(name, self._row, document, rng)
-                pictures += [_named(name, self._pixels, picture, number, rng) for number, picture in enumerate(row.pictures)]
+                row, shown = _named(name, self._read_document, document, rng)
                 rows.append(row)
+                pictures += shown
             except DataError as error:
                 if strict or len(documents) == 1:
                     raise
-                bad.append(error)
+                item = record["name_of"](place) if "name_of" in record else f"document {place}"
+                bad.append(problem(reason_of(error), f"{item}: {str(error).removeprefix(f'{item}: ')}"))
         if not rows:
             raise bad[0]
         problems = tuple((reason_of(error), str(error)) for error in bad)
         return _named(name, self.format.example, rows, pictures), Account(len(documents), problems, tuple(note for row in rows for note in row.notes))
+
+    def _read_document(self, record: Any, rng: np.random.Generator | None) -> tuple[Row, list[np.ndarray]]:
+        """Returns the tokens and pictures of a document, or raises the error that stands in its place."""
+        if isinstance(record, DataError):
+            raise record
+        row = self._row(record, rng)
+        return row, [self._pixels(picture, number, rng) for number, picture in enumerate(row.pictures)]
 
     def _row(self, record: Mapping[str, Any], rng: np.random.Generator | None) -> Row:
         """Returns the tokens of a document."""

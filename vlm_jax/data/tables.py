@@ -56,7 +56,7 @@ class TableSource:
         if not os.path.isdir(self._folder):
             raise DataError(f"table {self.name}: there is no image folder {self._folder}; set images to the folder of the pictures.")
         self._columns: list[str] = []
-        index = self._index_jsonl() if self._format == "jsonl" else self._index_csv()
+        index = line_index(self._path) if self._format == "jsonl" else self._index_csv()
         self._rows = np.array(list(index), np.int64).reshape(-1, 3)
         if not len(self._rows):
             raise DataError(f"table {self._path}: it has no records; write at least one.")
@@ -127,16 +127,6 @@ class TableSource:
     def _delimiter(self) -> str:
         return "\t" if self._format == "tsv" else ","
 
-    def _index_jsonl(self) -> Iterator[tuple[int, int, int]]:
-        """Yields (offset, size, line number) of every line that is not blank."""
-        offset = 0
-        with open(self._path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                start = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0
-                if line[start:].strip():
-                    yield offset + start, len(line) - start, number
-                offset += len(line)
-
     def _index_csv(self) -> Iterator[tuple[int, int, int]]:
         """Yields (offset, size, line number) of every record after the header; the csv module itself decides where a record ends."""
         position = [0, 0]                                   # bytes and lines that the reader has consumed
@@ -171,3 +161,14 @@ class TableSource:
         for name in (self._image, text or (None if self._label else TEXT_NAMES[2]), self._label, *self._extras):
             if name is not None and name not in self._columns:
                 raise DataError(f'table {self.name}: there is no column "{name}".{did_you_mean(name, self._columns)} Rename it or set the column.')
+
+
+def line_index(path: str) -> Iterator[tuple[int, int, int]]:
+    """Yields (offset, size, line number) of every line of a file that is not blank; a byte order mark is passed over."""
+    offset = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            start = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0
+            if line[start:].strip():
+                yield offset + start, len(line) - start, number
+            offset += len(line)
