@@ -45,8 +45,8 @@ def _idefics(width: int, depth: int, mlp_dim: int, num_heads: int, norm_eps: flo
 
 def _small(size: int, patch: int, width: int, heads: int, image_depth: int, depth: int, vocab_size: int, latents: int, every: int = 1,
            scan: bool = False) -> Settings:
-    """A tower and a decoder of one width; unrolled, which is the faster way on a CPU."""
-    return dict(image=dict(image_size=size, patch_size=patch, width=width, depth=image_depth, mlp_dim=4 * width, num_heads=heads),
+    """The tower of the SigLIP of the same name and a decoder of its width; unrolled, which is the faster way on a CPU."""
+    return dict(image=dict(image_size=size, patch_size=patch, width=width, depth=image_depth, mlp_dim=4 * width, num_heads=2),
                 language=dict(vocab_size=vocab_size, width=width, depth=depth, mlp_dim=4 * width, num_heads=heads, activation="gelu", gated=False,
                               new_tokens=1),
                 gated=dict(every=every, num_heads=heads, head_dim=width // heads),
@@ -54,7 +54,7 @@ def _small(size: int, patch: int, width: int, heads: int, image_depth: int, dept
 
 
 FLAMINGO: dict[str, Settings] = {
-    "test": _small(24, 8, 32, 2, 1, 3, 512, 4, every=2, scan=True),
+    "test": _small(24, 8, 64, 2, 2, 3, 512, 4, every=2, scan=True),
     "shapes": _small(32, 8, 128, 4, 4, 4, 1024, 8),
     "flamingo-3b": _flamingo(2048, 24, 1),
     "flamingo-9b": _flamingo(4096, 40, 4),

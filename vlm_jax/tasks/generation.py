@@ -133,8 +133,10 @@ class GenerationTask:
 
     def vocabulary(self, params: Any) -> int:
         """Entries of the head, from parameters or their shapes."""
-        head = self.model.head(params)
-        return head["kernel"].shape[0 if head.get("tied") else 1]
+        def columns(params: Any) -> Array:
+            head = self.model.head(params)
+            return head["kernel"].T if head.get("tied") else head["kernel"]
+        return jax.eval_shape(columns, params).shape[1]
 
     def check_batch(self, params: Any, batch: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Checks a batch on the host, in numpy, before a device sees it.

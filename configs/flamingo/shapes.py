@@ -1,0 +1,76 @@
+"""A small Flamingo on drawn shapes: few-shot learning of invented words, questions and captions from interleaved pictures and text. Alayrac et al. 2022.
+
+Does a frozen language model learn from pictures in its context what a new word means? As in the paper an image tower that was trained contrastively and a
+language model that was trained on text alone stay as they are; resampler, gated cross-attention and the mark of a chunk's end are trained between them, on
+documents of at most five pictures. Evaluated with up to 32 (experiments/flamingo_fewshot) on words and concepts that no stage has seen.
+
+Stages: 1. image tower, SigLIP on captions; 2. language model, on the text side of the same world; 3. Flamingo, both frozen.
+
+Launch:   python -m vlm_jax.train --config configs/flamingo/shapes.py --workdir runs/flamingo_shapes
+Target:   8 shots at least 20 points above none, pictures at least 20 points above shuffled ones; under 60 minutes on two CPU cores.
+Measured: not yet.
+Try here: python -m vlm_jax.train --config configs/flamingo/shapes.py:variant=test --workdir runs/flamingo_shapes_test
+"""
+import ml_collections as ml
+
+from vlm_jax.configs.common import lay_out, pictures, trained_text as padded_text
+from vlm_jax.training.config import parse_arg
+
+PICTURES = 6            # of a document in training: five examples and the query
+CHUNK_END = "<|endofchunk|>"
+VOCABULARY = 384        # pieces of the tokenizer
+
+
+def get_config(arg=None):
+    """Returns the config; `arg` is "variant=full|test,vision=700,language=1500,steps=1500,topology=...,layout=auto"."""
+    arg = parse_arg(arg, variant="full", vision=700, language=1500, steps=1500, topology="", layout="auto")
+    test = arg.variant == "test"
+    size = 24 if test else 32
+    batch = 4 if test else 64
+
+    texts = dict(name="shapes_texts", split="train", kinds=["description", "question", "episode", "episode"],
+                 episodes=dict(kinds=["binding", "vqa", "caption"], shots=[1, 4] if test else [1, 24], ways=[2, 4], levels=["pair", "color", "shape"], loss="all"))
+    words = dict(texts, kinds=["description", "question"], count=1000)
+    text = [["lowercase", {}], ["tokenize", {"tokenizer": {"train_on": words, "vocab_size": VOCABULARY, "model_type": "bpe", "added": ["<s>", "<image>", CHUNK_END]}}]]
+
+    def episodes(split: str, **settings) -> dict:
+        return dict(dict(name="shapes_episodes", split=split, size=size, ways=[2, 4] if split == "train" else 2), **settings)
+
+    config = ml.ConfigDict()
+    config.name = "flamingo_shapes"
+    config.seed = 0
+    # The end of a chunk is the one token that the language model does not know.
+    config.model = dict(name="flamingo", preset="test" if test else "shapes", language=dict(vocab_size=VOCABULARY + 2))
+    config.processor = dict(image=pictures(size, -2.0, 0.0), text=text,
+                            format=dict(kind="interleaved", length=96, pictures=3 if test else PICTURES, span="start", begin="<s>", chunk_end=CHUNK_END))
+    config.task = dict(name="generation")
+    lay_out(config, arg, "", parameters=10_000_000)
+
+    def adamw(peak: float, warmup: int, **settings) -> dict:
+        return dict(optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4, decay_by="schedule"),
+                    schedule=dict(name="cosine", peak=peak, warmup=1 if test else warmup), clip=1.0, **settings)
+
+    seen = {name: dict(name="shapes", split="train", size=size, objects=1, captions=captions) for name, captions in (("named", "simple"), ("placed", "detailed"))}
+    vision = dict(
+        steps=2 if test else arg.vision,
+        model=dict(name="siglip", preset="test" if test else "shapes", image=dict(image_size=size)),
+        processor=dict(text=padded_text(dict(seen["placed"], count=1000), vocab_size=300, length=16), format=None),
+        task=dict(name="contrastive", loss="sigmoid"),
+        data=dict(pairs=dict(source=dict(name="mixture", sources=seen), batch_size=8 if test else 128)),
+        train=[(r".*", {})], **adamw(1e-3, 50))
+    language = dict(
+        steps=2 if test else arg.language,
+        init_from=dict(previous=True, mapping=[(r"(image/(?!pooling).*)", r"\1")]),
+        processor=dict(image=[], format=dict(kind="interleaved", length=96 if test else 256, pictures=0, span="start", begin="<s>", chunk_end=CHUNK_END)),
+        data=dict(texts=dict(source=texts, batch_size=batch // 2)),
+        train=[(r"language/(?!new_).*", {}), (r".*", None)], **adamw(2e-3, 100))
+    flamingo = dict(
+        steps=2 if test else arg.steps,
+        init_from=dict(previous=True),
+        data=dict(episodes=dict(source=episodes("train", shots=[0, 2] if test else [0, PICTURES - 1], levels=["pair", "color", "shape"]), batch_size=batch)),
+        train=[(r"(resampler|gated)/.*", {}), (r"language/new_.*", {}), (r".*", None)], **adamw(1e-3, 100))
+    config.stages = [vision, language, flamingo]
+    config.evaluations = {}
+    config.checkpoint = dict(every=2 if test else 250, keep=2)
+    config.log_every = 1 if test else 20
+    return config
