@@ -28,8 +28,9 @@ def get_config(arg=None):
     size = 24 if test else 32
     batch = 4 if test else 64
 
+    levels = ["pair", "color", "shape"]
     texts = dict(name="shapes_texts", split="train", kinds=["description", "question", "episode", "episode"],
-                 episodes=dict(kinds=["binding", "vqa", "caption"], shots=[1, 4] if test else [1, 24], ways=[2, 4], levels=["pair", "color", "shape"], loss="all"))
+                 episodes=dict(kinds=["binding", "vqa", "caption"], shots=[1, 4] if test else [1, 24], ways=[2, 4], levels=levels, loss="all"))
     words = dict(texts, kinds=["description", "question"], count=1000)
     text = [["lowercase", {}], ["tokenize", {"tokenizer": {"train_on": words, "vocab_size": VOCABULARY, "model_type": "bpe", "added": ["<s>", "<image>", CHUNK_END]}}]]
 
@@ -67,7 +68,7 @@ def get_config(arg=None):
     flamingo = dict(
         steps=2 if test else arg.steps,
         init_from=dict(previous=True),
-        data=dict(episodes=dict(source=episodes("train", shots=[0, 2] if test else [0, PICTURES - 1], levels=["pair", "color", "shape"]), batch_size=batch)),
+        data=dict(episodes=dict(source=episodes("train", shots=[0, 2] if test else [0, PICTURES - 1], levels=levels), batch_size=batch)),
         train=[(r"(resampler|gated)/.*", {}), (r"language/new_.*", {}), (r".*", None)], **adamw(1e-3, 100))
     config.stages = [vision, language, flamingo]
     config.evaluations = {}

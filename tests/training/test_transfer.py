@@ -154,3 +154,22 @@ def test_a_directory_has_no_steps_and_says_what_does_not_fit(tmp_path):
         init_from(params, workdir=folder)
     with pytest.raises(CheckpointError, match="absent.npz"):
         init_from(params, workdir=tmp_path / "absent.npz")
+
+
+def test_a_stage_takes_a_tower_from_here_and_a_model_from_there(tmp_path):
+    """A list of sources fills one part after the other; what none has stays as initialised."""
+    from vlm_jax.training.stages import read_stages
+    sources = [dict(workdir="a", mapping=[["(.*)", r"image/\1"]]), dict(workdir="b", mapping=[["(.*)", r"language/\1"]])]
+    section = dict(steps=1, data={"pairs": {"source": {}, "batch_size": 1}}, init_from=sources)
+    sections = {name: {} for name in ("model", "processor", "task", "mesh", "dtypes")}
+    assert read_stages({**sections, "stages": [section]})[0].sources() == sources
+    with pytest.raises(ConfigError, match=r"init_from\[1\].previous: there is no stage before the first"):
+        read_stages({**sections, "stages": [dict(section, init_from=[sources[0], {"previous": True}])]})
+    with pytest.raises(ConfigError, match=r"init_from\[0\].workdirs: there is no such key"):
+        read_stages({**sections, "stages": [dict(section, init_from=[{"workdirs": "a"}])]})
+    ours = {"image": {"kernel": np.zeros(2, np.float32)}, "language": {"kernel": np.zeros(3, np.float32)}, "gate": np.full(1, 5, np.float32)}
+    for name, length in (("image", 2), ("language", 3)):
+        ours = init_from(ours, previous={"kernel": np.arange(1, length + 1, dtype=np.float32)}, mapping=[("(.*)", rf"{name}/\1")])
+    np.testing.assert_array_equal(ours["image"]["kernel"], [1, 2])
+    np.testing.assert_array_equal(ours["language"]["kernel"], [1, 2, 3])
+    assert ours["gate"][0] == 5

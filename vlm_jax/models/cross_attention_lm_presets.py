@@ -46,7 +46,7 @@ def _idefics(width: int, depth: int, mlp_dim: int, num_heads: int, norm_eps: flo
 def _small(size: int, patch: int, width: int, heads: int, image_depth: int, depth: int, vocab_size: int, latents: int, every: int = 1,
            scan: bool = False) -> Settings:
     """The tower of the SigLIP of the same name and a decoder of its width; unrolled, which is the faster way on a CPU."""
-    return dict(image=dict(image_size=size, patch_size=patch, width=width, depth=image_depth, mlp_dim=4 * width, num_heads=2),
+    return dict(image=dict(image_size=size, patch_size=patch, width=width, depth=image_depth, mlp_dim=4 * width, num_heads=width // 32),
                 language=dict(vocab_size=vocab_size, width=width, depth=depth, mlp_dim=4 * width, num_heads=heads, activation="gelu", gated=False,
                               new_tokens=1),
                 gated=dict(every=every, num_heads=heads, head_dim=width // heads),

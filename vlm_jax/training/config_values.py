@@ -114,7 +114,7 @@ def section_keys(path: Sequence[str], config: Mapping[str, Any]) -> list[str] | 
             return list(EMA_KEYS)
         case ["stages", _, "accumulate"]:
             return list(ACCUMULATE_KEYS)
-        case ["stages", _, "init_from"]:
+        case ["stages", _, "init_from"] | ["stages", _, "init_from", _]:
             return list(INIT_FROM_KEYS)
     return None
 

@@ -292,15 +292,16 @@ def next_stage(config, stages, done: setup.Parts, state, devices):
 
 def begin(parts: setup.Parts, previous):
     """Returns a stage's first state: random, from the stage before it, or as `init_from` says."""
-    source = parts.stage.init_from
-    if source is None:
+    if parts.stage.init_from is None:
         return parts.initial_state(previous)
-    settings = dict(source)
-    from_previous = settings.pop("previous", False)
-    if from_previous and previous is None:
-        raise ConfigError(f"stages[{parts.stage.index}].init_from.previous: there is no stage before the first; name a workdir.")
-    fresh = adapters.strip(to_host(parts.initial_state()["params"]))
-    return parts.initial_state(init_from(fresh, previous=previous if from_previous else None, **settings))
+    params = adapters.strip(to_host(parts.initial_state()["params"]))
+    for source in parts.stage.sources():
+        settings = dict(source)
+        from_previous = settings.pop("previous", False)
+        if from_previous and previous is None:
+            raise ConfigError(f"stages[{parts.stage.index}].init_from.previous: there is no stage before the first; name a workdir.")
+        params = init_from(params, previous=previous if from_previous else None, **settings)
+    return parts.initial_state(params)
 
 
 def prepare_workdir(workdir: str) -> None:

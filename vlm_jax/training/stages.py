@@ -32,7 +32,8 @@ class Stage:
       clip: the largest global norm of the gradient; None does not clip.
       ema: {"decay": 0.9999, "warmup": True} keeps a moving average of the parameters.
       accumulate: {"micro_batches": 4, "cached": False}; see `gradients.value_and_gradients`.
-      init_from: where parameters come from; see `transfer.init_from`.
+      init_from: where parameters come from, see `transfer.init_from`; a list of such sections takes one after the other (an image tower from here, a language
+        model from there).
       lora: the low-rank adapters that are added after init or init_from; see `adapters.LoraSettings`. Without `train` rules the base is frozen then.
       model, processor, task, mesh: merged into the sections of the same name.
       index, first, last: its number, and the steps of the run at which it begins and ends.
@@ -46,7 +47,7 @@ class Stage:
     clip: float | None = 1.0
     ema: Mapping[str, Any] | None = None
     accumulate: Mapping[str, Any] | None = None
-    init_from: Mapping[str, Any] | None = None
+    init_from: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
     lora: Mapping[str, Any] | None = None
     model: Mapping[str, Any] | None = None
     processor: Mapping[str, Any] | None = None
@@ -56,6 +57,12 @@ class Stage:
     first: int = 0
     last: int = 0
     sections: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def sources(self) -> list[Mapping[str, Any]]:
+        """The sections of `init_from`, in order."""
+        if self.init_from is None:
+            return []
+        return list(self.init_from) if isinstance(self.init_from, (list, tuple)) else [self.init_from]
 
 
 SET_BY_PROGRAM = ("index", "first", "last", "sections")
@@ -131,8 +138,10 @@ def _check(stage: Stage, where: str) -> None:
         if not isinstance(stage.lora, dict):
             raise ConfigError(f"{where}.lora is {stage.lora!r}; it must be a mapping of settings, or None.")
         read_lora(stage.lora, f"{where}.lora")
-    for name, keys in (("ema", EMA_KEYS), ("accumulate", ACCUMULATE_KEYS), ("init_from", INIT_FROM_KEYS)):
-        section = getattr(stage, name)
+    several = isinstance(stage.init_from, (list, tuple))
+    initial = {f"init_from[{i}]" if several else "init_from": source for i, source in enumerate(stage.sources())}
+    for name, keys, section in (("ema", EMA_KEYS, stage.ema), ("accumulate", ACCUMULATE_KEYS, stage.accumulate),
+                                *((name, INIT_FROM_KEYS, source) for name, source in initial.items())):
         if section is not None and not isinstance(section, dict):
             raise ConfigError(f"{where}.{name} is {section!r}; it must be a mapping of settings, or None.")
         for key in section or {}:
@@ -143,11 +152,11 @@ def _check(stage: Stage, where: str) -> None:
     micro = (stage.accumulate or {}).get("micro_batches", 1)
     if type(micro) is not int or micro < 1:
         raise ConfigError(f"{where}.accumulate.micro_batches is {micro!r}; it must be an integer of at least 1.")
-    source = stage.init_from or {}
-    if stage.init_from is not None and bool(source.get("workdir")) == bool(source.get("previous")):
-        raise ConfigError(f"{where}.init_from needs either workdir=\"RUN\" (or a directory of weights) or previous=True; set one of them.")
-    if source.get("previous") and stage.index == 0:
-        raise ConfigError(f"{where}.init_from.previous: there is no stage before the first; name a workdir.")
+    for name, source in initial.items():
+        if bool(source.get("workdir")) == bool(source.get("previous")):
+            raise ConfigError(f"{where}.{name} needs either workdir=\"RUN\" (or a directory of weights) or previous=True; set one of them.")
+        if source.get("previous") and stage.index == 0:
+            raise ConfigError(f"{where}.{name}.previous: there is no stage before the first; name a workdir.")
 
 
 @dataclasses.dataclass(frozen=True)
