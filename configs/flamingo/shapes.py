@@ -51,7 +51,8 @@ def get_config(arg=None):
         return dict(optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=1e-4, decay_by="schedule"),
                     schedule=dict(name="cosine", peak=peak, warmup=1 if test else warmup), clip=1.0, **settings)
 
-    seen = {name: dict(name="shapes", split="train", size=size, objects=1, captions=captions) for name, captions in (("named", "simple"), ("placed", "detailed"))}
+    seen = {name: dict(name="shapes", split="train", size=size, objects=1, captions=captions)
+            for name, captions in (("named", "simple"), ("placed", "detailed"))}
     vision = dict(
         steps=2 if test else arg.vision,
         model=dict(name="siglip", preset="test" if test else "shapes", image=dict(image_size=size)),
