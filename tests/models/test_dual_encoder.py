@@ -101,3 +101,23 @@ def test_parameter_paths_are_golden():
 
 if __name__ == "__main__":
     GOLDEN.write_text(listing())
+
+
+def test_a_convolutional_tower_learns_contrastively():
+    """Flamingo's vision pre-training: means of both sides, projected to one width without biases."""
+    image_settings = dict(widths=(8,), depths=(2,), strides=(1,), stem="pool", group_size=2)
+    model = registry.build("nfnet_contrastive", "test", image=image_settings, text=dict(depth=1))
+    assert model.input_shapes() == {"image": (24, 24, 3), "tokens": (16,)}
+    rng = np.random.default_rng(0)
+    image, tokens = rng.normal(size=(3, 24, 24, 3)).astype(np.float32), np.arange(48).reshape(3, 16)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), jax.eval_shape(model.init, jax.random.key(0), image, tokens)["params"])
+    assert params["image"]["projection"]["kernel"].shape == (16, 48) and "bias" not in params["image"]["projection"] and "logit_bias" not in params
+
+    def similarity(params):
+        (a, b), out = model.apply({"params": params}, image, tokens, True)
+        return (a * b).sum(), out["image"]["pooled"]
+    gradient, pooled = jax.jit(jax.grad(similarity, has_aux=True))(params)
+    assert pooled.shape == (3, 16)
+    assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["image"]))
+    full = registry.build("nfnet_contrastive", "f6")
+    assert full.towers()[0].out_width == full.towers()[1].out_width == full.embed_dim == 1376

@@ -59,6 +59,7 @@ class NFBlock(nn.Module):
       transition: the first block of a stage, whose shortcut is a 1x1 convolution of the scaled activation: "pool" averages 2x2 before it where the stride is
         2 (NFNets), "stride" has the stride itself (NF-ResNets). None: the shortcut is x.
       squeeze: hidden units of squeeze and excite; None has none.
+      drops: whether there is stochastic depth, which draws from the "dropout" random stream, in training only.
 
     Call it with `per_layer={"scale": 1 / s, "drop": rate of stochastic depth}`.
 
@@ -74,6 +75,7 @@ class NFBlock(nn.Module):
     squeeze: int | None = None
     activation: str = "gelu_tanh"
     alpha: float = 0.2
+    drops: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -97,7 +99,7 @@ class NFBlock(nn.Module):
         if self.squeeze is not None:
             h = 2 * SqueezeExcite(self.squeeze, self.dtype, self.param_dtype, name="squeeze_excite")(h) * h
         branch = h
-        if train and self.has_rng("dropout"):
+        if train and self.drops:
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - per_layer["drop"], (h.shape[0], 1, 1, 1))
             h = jnp.where(keep, h, jnp.zeros_like(h))
         gain = self.param("skip_gain", nn.initializers.zeros, (), jnp.dtype(self.param_dtype)).astype(h.dtype)
@@ -135,6 +137,7 @@ class NFNet(nn.Module):
       activation: a name of `GAMMAS`.
       alpha: how much a block adds.
       stochastic_depth: block i of n is left out of a training example with probability stochastic_depth i / n. Kept ones are not rescaled, at test nothing is.
+        The paper trains classifiers with 0.25; a frozen tower of a larger model wants 0, since that model's training is the tower's, too.
       pool: "gap" (mean over places) or "none" (the grid of the last stage, row by row).
       projection: None, "linear", "linear_no_bias" or "linear_tanh" to `embed_dim` after pooling.
       num_classes, dropout: a linear classifier of so many classes (needs "gap"), and the dropout before it.
@@ -162,7 +165,7 @@ class NFNet(nn.Module):
     final_ratio: float | None = 2.0
     activation: str = "gelu_tanh"
     alpha: float = 0.2
-    stochastic_depth: float = 0.25
+    stochastic_depth: float = 0.0
     pool: str = "gap"
     projection: str | None = None
     embed_dim: int | None = None
@@ -246,7 +249,7 @@ class NFNet(nn.Module):
         groups = 1 if self.group_size is None else hidden // self.group_size
         squeeze = None if self.squeeze is None else max(1, int(self.squeeze * width))
         return partial(NFBlock, width, hidden if self.group_size is None else groups * self.group_size, groups, self.middle, squeeze=squeeze,
-                       activation=self.activation, alpha=self.alpha, **self.options)
+                       activation=self.activation, alpha=self.alpha, drops=self.stochastic_depth > 0, **self.options)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 4 or shape[3] != self.channels or min(shape[1:3]) < 1:

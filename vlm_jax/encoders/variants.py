@@ -29,7 +29,7 @@ VARIANTS: dict[str, dict[str, int]] = {
 
 # What an NF-ResNet has otherwise than an NFNet; with it `encoders.nfnet.NFNet` is an NF-ResNet-50.
 NF_RESNET: dict[str, Any] = dict(widths=(256, 512, 1024, 2048), depths=(3, 4, 6, 3), stem="pool", bottleneck=0.25, group_size=None, middle=1, shortcut="stride",
-                                 squeeze=None, final_ratio=None, activation="relu", stochastic_depth=0.1)
+                                 squeeze=None, final_ratio=None, activation="relu")
 
 
 def _nfnet(number: int, dropout: float) -> dict[str, Any]:

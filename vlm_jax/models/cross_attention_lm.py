@@ -74,10 +74,6 @@ class CrossAttentionLM(VisionLanguage):
             raise ConfigError(f'model.image_features: "{self.image_features}" is unknown; choose one of {", ".join(FEATURES)}.')
         return image_tower(self, self.patching, pools=True, **given)
 
-    def parts(self) -> tuple[nn.Module, Any]:
-        """The image tower and the language model, unbound: what their settings resolve to."""
-        return self._image_tower(parent=None), self._language(parent=None)
-
     def media_tokens(self) -> int:
         """Vectors that the blocks read of one picture of the size that the tower is made for."""
         if self.resampler is not None:

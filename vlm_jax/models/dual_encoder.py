@@ -14,25 +14,21 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.encoders.naflex_vit import NaflexVit
+from vlm_jax.encoders.image_towers import named_tower, sized
 from vlm_jax.encoders.text import TextTransformer
-from vlm_jax.encoders.variants import variant
-from vlm_jax.encoders.vit import Vit
 from vlm_jax.errors import ConfigError
 from vlm_jax.settings import call, choose
 
 # Initial (logit scale t', logit bias) of each loss; without a bias the model has no such parameter.
 LOGITS: dict[str, tuple[float, float | None]] = {"sigmoid": (math.log(10.0), -10.0), "softmax": (math.log(1 / 0.07), None)}
 
-IMAGE_TOWERS: dict[str, type[nn.Module]] = {"vit": Vit, "naflex": NaflexVit}
-
 
 class DualEncoder(nn.Module):
     """An image tower and a text tower with embeddings in one space of width `embed_dim`.
 
     Attributes:
-      image, text: settings of `Vit` and `TextTransformer`; `variant="B/16"` stands for the sizes of that name; `kind="naflex"` among those of the
-        image makes it a `NaflexVit`, over patches [B, P, 2 + K] instead of images.
+      image, text: settings of `Vit` and `TextTransformer`; `variant="B/16"` stands for the sizes of that name; `kind` among those of the image is another of
+        `encoders.image_towers`: "nfnet", "nf_resnet", or "naflex", a `NaflexVit` over patches [B, P, 2 + K] instead of images.
       embed_dim: width of the joint space; a tower without a projection must have that width.
       loss: "sigmoid" (logit_scale starts at log 10, logit_bias at -10) or "softmax" (logit_scale at log(1/0.07), no bias).
       logit_scale_init, logit_bias_init: other starting points.
@@ -62,8 +58,8 @@ class DualEncoder(nn.Module):
     def setup(self):
         scale, bias = choose(LOGITS, self.loss, "model.loss")
         scale = scale if self.logit_scale_init is None else self.logit_scale_init
-        self.image_tower = self._tower("image", self._image_class(), name="image")
-        self.text_tower = self._tower("text", TextTransformer, name="text")
+        self.image_tower = self._tower("image", name="image")
+        self.text_tower = self._tower("text", name="text")
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(scale), (), jnp.float32)
         if bias is None:
             if self.logit_bias_init is not None:
@@ -73,23 +69,14 @@ class DualEncoder(nn.Module):
             bias = bias if self.logit_bias_init is None else self.logit_bias_init
             self.logit_bias = self.param("logit_bias", nn.initializers.constant(bias), (), jnp.float32)
 
-    def _image_class(self) -> type[nn.Module]:
-        return choose(IMAGE_TOWERS, self.image.get("kind", "vit"), "model.image.kind")
-
-    def _tower(self, which: str, cls: type[nn.Module], **given: Any) -> nn.Module:
-        settings = dict(getattr(self, which))
-        if which == "image":
-            settings.pop("kind", None)
-        size = settings.pop("variant", None)
-        if size is not None:
-            settings = {**variant(size), **settings}
+    def _tower(self, which: str, **given: Any) -> nn.Module:
+        cls, settings = named_tower(self.image, "kind", "model.image") if which == "image" else (TextTransformer, sized(self.text))
         for shared in ("scan", "remat", "dtype", "param_dtype", "softmax_dtype"):
             settings.setdefault(shared, getattr(self, shared))
         settings.setdefault("embed_dim", self.embed_dim)
         tower = call(cls, settings, f"model.{which}", **given)
-        width = tower.embed_dim if tower.projection else tower.width
-        if width != self.embed_dim:
-            raise ConfigError(f"model.{which}: its embeddings are {width} wide, the joint space is {self.embed_dim}; set model.embed_dim, or "
+        if tower.out_width != self.embed_dim:
+            raise ConfigError(f"model.{which}: its embeddings are {tower.out_width} wide, the joint space is {self.embed_dim}; set model.embed_dim, or "
                               f'model.{which}.projection="linear".')
         return tower
 
@@ -125,7 +112,7 @@ class DualEncoder(nn.Module):
 
     def towers(self) -> tuple[nn.Module, nn.Module]:
         """The image and the text tower, unbound: their attributes are the settings after variants and defaults."""
-        return self._tower("image", self._image_class(), parent=None), self._tower("text", TextTransformer, parent=None)
+        return self._tower("image", parent=None), self._tower("text", parent=None)
 
 
 def normalize(x: Float[Array, "B D"]) -> Float[Array, "B D"]:

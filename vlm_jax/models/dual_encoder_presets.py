@@ -2,7 +2,9 @@
 
 Sources: SigLIP: Zhai et al. 2023 and the released models (text length 64; 16 for So400m/14 at 224 px). SigLIP 2: Tschannen et al. 2025 (Gemma's
 vocabulary of 256,000 entries, length 64; g-opt pairs with a So400m text tower). CLIP: Radford et al. 2021, table 20. LiT: Zhai et al. 2022, image
-towers with class token, text towers of the same size (not the paper's BERT). The test suite asserts the parameter counts of the published ones.
+towers with class token, text towers of the same size (not the paper's BERT). Contrastive NFNets: Alayrac et al., "Flamingo" (2022), appendix B.1.3 (an NFNet-F6
+and a text encoder of BERT's architecture, mean pooling, a joint space of 1376; the sizes of the text encoder are BERT's base ones, which is our choice, and it
+has learned positions, pre-norm blocks and no padding mask, as `TextTransformer` has). The test suite asserts the parameter counts of the published ones.
 """
 from typing import Any
 
@@ -86,4 +88,17 @@ LIT: dict[str, Settings] = {
     **{name: _with(settings, dict(pool="cls"), {}) for name, settings in _quickstart(loss="softmax").items()},
     "b16-b": _lit("B", 768),
     "l16-l": _lit("L", 1024),
+}
+
+
+def _nfnet(image: Settings, text: Settings, embed_dim: int, **options: Any) -> Settings:
+    return dict(image=dict(kind="nfnet", pool="gap", projection="linear_no_bias", **image), text=dict(pool="gap", projection="linear_no_bias", **text),
+                embed_dim=embed_dim, loss="softmax", **options)
+
+
+NFNET_CONTRASTIVE: dict[str, Settings] = {
+    "test": _nfnet(dict(image_size=24, widths=(32, 48), depths=(1, 2), strides=(1, 2), group_size=8),
+                   dict(vocab_size=2048, length=16, width=64, depth=2, mlp_dim=256, num_heads=2), 48),
+    "f0": _nfnet(dict(variant="F0", image_size=192), dict(variant="B", vocab_size=32_000, length=64), 1376),
+    "f6": _nfnet(dict(variant="F6", image_size=288), dict(variant="B", vocab_size=32_000, length=64), 1376),
 }

@@ -15,7 +15,8 @@ class VisionLanguage(nn.Module):
     """The common part of all of them: a tower and a language model, of the class that a subclass says.
 
     Attributes:
-      image, language: settings of the tower (`variant="So400m/14"` stands for sizes) and of the language model.
+      image, language: settings of the tower (`tower="nfnet"` chooses another than the vision transformer, `variant="So400m/14"` stands for sizes) and of
+        the language model.
       scan, remat, dtype, param_dtype, softmax_dtype: of both parts, unless their settings say otherwise.
     """
     image: Mapping[str, Any]
@@ -36,8 +37,11 @@ class VisionLanguage(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        self.image_tower = image_tower(self, self.patching, name="image")
+        self.image_tower = self._image_tower(name="image")
         self.language_model = self._language(name="language")
+
+    def _image_tower(self, **given: Any) -> nn.Module:
+        return image_tower(self, self.patching, **given)
 
     def _language(self, **given: Any) -> Any:
         return call(self.language_class, with_shared(self.language, self), "model.language", **given)
@@ -48,7 +52,7 @@ class VisionLanguage(nn.Module):
 
     def parts(self) -> tuple[nn.Module, Any]:
         """The image tower and the language model, unbound: what their settings resolve to."""
-        return image_tower(self, self.patching, parent=None), self._language(parent=None)
+        return self._image_tower(parent=None), self._language(parent=None)
 
     def image_tokens(self) -> int:
         """Tokens of one picture of the size that the tower is made for; with flexible patches, at most."""
@@ -63,13 +67,21 @@ class Projected(VisionLanguage):
     """The common part of `PrefixLM` and `Pali`, whose image tokens stand among the embeddings of the text; a subclass says in `embedded` where.
 
     Attributes:
-      projection: a name of `visual_tokens.PROJECTIONS`.
+      projection: a name of `visual_tokens.PROJECTIONS`: "linear" maps each of the tower's tokens, "prefix" its pooled vector to `prefix_tokens` embeddings.
     """
     projection: str = "linear"
+    prefix_tokens: int = 2
 
     def setup(self):
         super().setup()
         self.projector = choose(PROJECTIONS, self.projection, "model.projection")(self.language_model.width, self, "projection")
+
+    def _image_tower(self, **given: Any) -> nn.Module:
+        return image_tower(self, self.patching, pooled=self.projection == "prefix", **given)
+
+    def image_tokens(self) -> int:
+        """See `VisionLanguage.image_tokens`; of a prefix its length."""
+        return self.prefix_tokens if self.projection == "prefix" else super().image_tokens()
 
     def embedded(self, inputs: Mapping[str, Array], train: bool = False) -> tuple[dict[str, Array], dict[str, Array]]:
         """Returns the inputs of the language model, with image tokens among the embeddings, and the tower's intermediates."""

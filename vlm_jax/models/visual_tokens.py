@@ -8,15 +8,15 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from vlm_jax.encoders.flexible_vit import FlexibleVit, filled
-from vlm_jax.encoders.variants import variant
-from vlm_jax.encoders.vit import Vit
+from vlm_jax.encoders.image_towers import IMAGE_TOWERS, named_tower
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.nn import Linear
 from vlm_jax.nn.precision import wide
 from vlm_jax.settings import call, choose
 from vlm_jax.sharding.activations import constrain
 
-TOWERS: dict[str, type[nn.Module]] = {"grid": Vit, "flexible": FlexibleVit}
+# patching -> the towers that take such pictures
+TOWERS = {"grid": {name: IMAGE_TOWERS[name] for name in ("vit", "nfnet", "nf_resnet")}, "flexible": {"vit": (FlexibleVit, {})}}
 SHARED = ("scan", "remat", "dtype", "param_dtype", "softmax_dtype")
 
 
@@ -25,18 +25,21 @@ def with_shared(settings: Mapping[str, Any], model: nn.Module) -> dict[str, Any]
     return {**{name: getattr(model, name) for name in SHARED}, **settings}
 
 
-def image_tower(model: nn.Module, patching: str = "grid", pools: bool = False, **given: Any) -> nn.Module:
-    """The tower that `model.image` describes; `variant="So400m/14"` stands for the sizes of that name. All its tokens are read, so it does not pool; with
-    `pools` it may, for the sake of a class token."""
-    settings = dict(model.image)
-    size = settings.pop("variant", None)
-    if size is not None:
-        settings = {**variant(size), **settings}
-    if patching == "grid":
+def image_tower(model: nn.Module, patching: str = "grid", pools: bool = False, pooled: bool = False, **given: Any) -> nn.Module:
+    """The tower that `model.image` describes: `tower="vit"`, "nfnet" or "nf_resnet", `variant="So400m/14"` or "F6" for the sizes of that name.
+
+    All its tokens are read, so it does not pool; with `pools` it may, for the sake of a class token. With `pooled` its one vector is read.
+    """
+    tower, settings = named_tower(model.image, "tower", "model.image", choose(TOWERS, patching, "model.patching"))
+    if pooled:
+        settings.setdefault("pool", "gap")
+        if patching != "grid" or settings["pool"] == "none":
+            raise ConfigError('model.projection="prefix" maps one vector of a picture; set model.image.pool="gap", or choose projection="linear".')
+    elif patching == "grid":
         settings.setdefault("pool", "none")
         if settings["pool"] != "none" and not pools:
             raise ConfigError(f'model.image.pool is "{settings["pool"]}", but the language model reads every token; leave the setting out.')
-    return call(choose(TOWERS, patching, "model.patching"), with_shared(settings, model), "model.image", **given)
+    return call(tower, with_shared(settings, model), "model.image", **given)
 
 
 def projection_linear(width: int, model: nn.Module, name: str) -> nn.Module:
@@ -44,7 +47,15 @@ def projection_linear(width: int, model: nn.Module, name: str) -> nn.Module:
     return Linear(width, kernel_init="lecun_normal", dtype=model.dtype, param_dtype=model.param_dtype, out_dtype=wide(model.dtype), name=name)
 
 
-PROJECTIONS = {"linear": projection_linear}
+def projection_prefix(width: int, model: nn.Module, name: str) -> nn.Module:
+    """One linear map from a pooled vector to `model.prefix_tokens` embeddings: Tsimpoukelli et al., "Frozen" (2021), section 3.1."""
+    if model.prefix_tokens < 1:
+        raise ConfigError(f"model.prefix_tokens is {model.prefix_tokens}; a picture needs at least 1.")
+    return Linear((model.prefix_tokens, width), kernel_init="lecun_normal", dtype=model.dtype, param_dtype=model.param_dtype, out_dtype=wide(model.dtype),
+                  name=name)
+
+
+PROJECTIONS = {"linear": projection_linear, "prefix": projection_prefix}
 
 
 def encode_images(tower: nn.Module, projection: nn.Module, inputs: Mapping[str, Array],
@@ -70,8 +81,8 @@ def encode_images(tower: nn.Module, projection: nn.Module, inputs: Mapping[str, 
     batch, number = pictures.shape[:2]
     pictures = pictures.reshape(batch * number, *pictures.shape[2:])
     tokens, out = tower(pictures, train)
-    valid = filled(pictures) if flexible else jnp.ones(tokens.shape[:2], bool)
     tokens = projection(tokens)
+    valid = filled(pictures) if flexible else jnp.ones(tokens.shape[:2], bool)
     return tokens.reshape(batch, -1, tokens.shape[-1]), valid.reshape(batch, -1), out
 
 

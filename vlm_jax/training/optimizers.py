@@ -21,8 +21,8 @@ import optax
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.settings import call, choose
+from vlm_jax.training.clipping import Clip
 from vlm_jax.training.factored import scale_by_factored_rms
-from vlm_jax.training.gradients import clip_by_global_norm
 from vlm_jax.training.rounding import kept_in
 from vlm_jax.training.schedules import Schedule, build_schedule
 from vlm_jax.training.stages import Rules
@@ -120,7 +120,7 @@ class Optimizer:
     method: Method
     schedule: Schedule
     rules: Rules
-    clip: float | None = None
+    clip: Clip
 
     def init(self, params: Any) -> Any:
         """Returns the optimiser's state, computed in float32 whatever the parameters are; parameters that are wholly frozen have none."""
@@ -137,8 +137,9 @@ class Optimizer:
           norm is that of the trained parameters before clipping.
         """
         trained = self.rules.trained(params)
-        gradients, norm = clip_by_global_norm(self.mask(_exact(self.rules.trained(gradients))), self.clip)
-        directions, state = self.method.direction.update(gradients, state, _exact(trained))
+        exact = _exact(trained)
+        gradients, norm = self.clip(self.mask(_exact(self.rules.trained(gradients))), exact)
+        directions, state = self.method.direction.update(gradients, state, exact)
         rate = self.schedule(step)
         flat_directions, moved = flatten(directions), dict(flatten(params))
         for path, value in flatten(trained).items():
@@ -162,8 +163,8 @@ class Optimizer:
         return new if leaf.mask is None else jnp.where(leaf.mask, new, value)
 
 
-def build_optimizer(settings: Mapping[str, Any], schedule: Mapping[str, Any], steps: int, rules: Rules, *, clip: float | None = None,
-                    where: str = "stage") -> Optimizer:
+def build_optimizer(settings: Mapping[str, Any], schedule: Mapping[str, Any], steps: int, rules: Rules, *,
+                    clip: float | Mapping[str, Any] | None = None, where: str = "stage") -> Optimizer:
     """Builds the optimiser of a stage.
 
     Args:
@@ -171,11 +172,12 @@ def build_optimizer(settings: Mapping[str, Any], schedule: Mapping[str, Any], st
       schedule: the settings of `build_schedule`.
       steps: the steps of the stage.
       rules: which parameters move, and by what factors.
-      clip: the largest global norm of the gradient.
+      clip: the largest global norm of the gradient, or settings of adaptive clipping; see `clipping.read_clip`.
     Raises:
-      ConfigError: naming `where.optimizer.key` or `where.schedule.key`.
+      ConfigError: naming `where.optimizer.key`, `where.schedule.key` or `where.clip`.
     """
-    return Optimizer(check_settings(settings, f"{where}.optimizer"), build_schedule(schedule, steps, f"{where}.schedule"), rules, clip)
+    return Optimizer(check_settings(settings, f"{where}.optimizer"), build_schedule(schedule, steps, f"{where}.schedule"), rules,
+                     Clip(clip, rules.shapes, f"{where}.clip"))
 
 
 def _exact(tree: Any) -> Any:

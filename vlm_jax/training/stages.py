@@ -9,6 +9,7 @@ import numpy as np
 
 from vlm_jax.errors import ConfigError, did_you_mean
 from vlm_jax.settings import call, plain
+from vlm_jax.training.clipping import read_clip
 from vlm_jax.training.config import merge
 from vlm_jax.training.schedules import build_schedule
 from vlm_jax.training.trees import LORA, flatten, is_adapter, is_stacked, unflatten, virtual_paths
@@ -29,7 +30,8 @@ class Stage:
       data: {stream: settings} of what it trains on.
       train: ordered (regex, settings or None = frozen) over parameter paths; see `Rules`.
       optimizer, schedule: the settings of `build_optimizer` and `build_schedule`, each with a `name`.
-      clip: the largest global norm of the gradient; None does not clip.
+      clip: the largest global norm of the gradient; None does not clip; {"norm": ..., "adaptive": rules} clips some parameters adaptively, see
+        `clipping.read_clip`.
       ema: {"decay": 0.9999, "warmup": True} keeps a moving average of the parameters.
       accumulate: {"micro_batches": 4, "cached": False}; see `gradients.value_and_gradients`.
       init_from: where parameters come from, see `transfer.init_from`; a list of such sections takes one after the other (an image tower from here, a language
@@ -44,7 +46,7 @@ class Stage:
     train: Sequence[Sequence[Any]] = ((".*", {}),)
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "adamw"})
     schedule: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "cosine", "peak": 1e-3})
-    clip: float | None = 1.0
+    clip: float | Mapping[str, Any] | None = 1.0
     ema: Mapping[str, Any] | None = None
     accumulate: Mapping[str, Any] | None = None
     init_from: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
@@ -131,8 +133,7 @@ def _check(stage: Stage, where: str) -> None:
     read_rules(stage.train, f"{where}.train")
     check_settings(stage.optimizer, f"{where}.optimizer")
     build_schedule(stage.schedule, stage.steps, f"{where}.schedule")
-    if stage.clip is not None and (isinstance(stage.clip, bool) or not isinstance(stage.clip, (int, float)) or stage.clip <= 0):
-        raise ConfigError(f"{where}.clip is {stage.clip!r}; it must be a positive number, or None.")
+    read_clip(stage.clip, f"{where}.clip")
     if stage.lora is not None:
         from vlm_jax.training.adapters import read_lora
         if not isinstance(stage.lora, dict):
