@@ -3,7 +3,8 @@
 Launch:   python -m vlm_jax.train --config "configs/clip/b32.py:shards=/mnt/shards-{000000..009999}.tar,tokenizer=FOLDER" --workdir gs://BUCKET/run
           (shards are local files or on gs://, then with gcsfs installed; the quotes keep the shell from expanding the braces)
           (FOLDER holds the released vocab.json and merges.txt)
-          (ImageNet's zero-shot evaluation reads its set from data_dir and readable names from class_names: docs/data.md)
+          (ImageNet's zero-shot evaluation reads its set from data_dir and readable names from class_names, docs/data.md;
+          without it: --config.evaluations={})
 Expected: ImageNet zero-shot top-1 63.2 with 80 templates (quoted, table 11). Measured: not trained by us.
 Try here: python -m vlm_jax.train --config configs/clip/b32.py:variant=test --workdir runs/clip_b32
 """

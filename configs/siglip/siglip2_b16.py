@@ -4,7 +4,8 @@ Only the contrastive part of the recipe; its captioning decoder and self-distill
 
 Launch:   python -m vlm_jax.train --config "configs/siglip/siglip2_b16.py:shards=/mnt/{000000..009999}.tar,tokenizer=gemma.model" --workdir gs://BUCKET/run
           (shards are local files or on gs://, then with gcsfs installed; the quotes keep the shell from expanding the braces)
-          (ImageNet's zero-shot evaluation reads its set from data_dir and readable names from class_names: docs/data.md)
+          (ImageNet's zero-shot evaluation reads its set from data_dir and readable names from class_names, docs/data.md;
+          without it: --config.evaluations={})
 Expected: ImageNet zero-shot top-1 78.2, COCO R@1 text to image 52.1, image to text 68.9 (quoted, whole recipe). Measured: not trained by us.
 Try here: python -m vlm_jax.train --config configs/siglip/siglip2_b16.py:variant=test --workdir runs/siglip2_b16
 """

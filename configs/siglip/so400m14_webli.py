@@ -2,7 +2,8 @@
 
 Launch:   python -m vlm_jax.train --config "configs/siglip/so400m14_webli.py:shards=/mnt/{000000..009999}.tar,tokenizer=c4_en.model" --workdir gs://BUCKET/run
           (shards are local files or on gs://, then with gcsfs installed; the quotes keep the shell from expanding the braces)
-          (ImageNet's zero-shot evaluation reads its set from data_dir and readable names from class_names: docs/data.md)
+          (ImageNet's zero-shot evaluation reads its set from data_dir and readable names from class_names, docs/data.md;
+          without it: --config.evaluations={})
 Expected: ImageNet zero-shot top-1 82.2 (quoted, big_vision README). Measured: not trained by us.
 Try here: python -m vlm_jax.train --config configs/siglip/so400m14_webli.py:variant=test --workdir runs/so400m14_webli
 """

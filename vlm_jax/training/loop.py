@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlm_jax import distributed, faults, storage
+from vlm_jax import distributed, evaluation, faults, storage
 from vlm_jax.errors import CheckpointError, ConfigError, DivergedError
 from vlm_jax.sharding.mesh import put_batch, to_host
 from vlm_jax.training import adapters, flops, run_identity, setup
@@ -83,6 +83,8 @@ def train(config, workdir: str | os.PathLike, *, profile: str | None = None, dev
             watchdog.beat("building and restoring", START_SECONDS)
             step, parts, state = restore_or_begin(config, stages, checkpoints, devices)
             faults.point("loop.restored")
+            if step < stages[-1].last:
+                evaluation.check(config["evaluations"])
             machine = flops.measure_matmul_peak()
             save_config(config, workdir)
             write_environment(workdir, extra={"matmul_gflops": machine / 1e9})
