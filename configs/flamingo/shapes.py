@@ -32,7 +32,8 @@ def get_config(arg=None):
     texts = dict(name="shapes_texts", split="train", kinds=["description", "question", "episode", "episode"],
                  episodes=dict(kinds=["binding", "vqa", "caption"], shots=[1, 4] if test else [1, 24], ways=[2, 4], levels=levels, loss="all"))
     words = dict(texts, kinds=["description", "question"], count=1000)
-    text = [["lowercase", {}], ["tokenize", {"tokenizer": {"train_on": words, "vocab_size": VOCABULARY, "model_type": "bpe", "added": ["<s>", "<image>", CHUNK_END]}}]]
+    tokenizer = {"train_on": words, "vocab_size": VOCABULARY, "model_type": "bpe", "added": ["<s>", "<image>", CHUNK_END]}
+    text = [["lowercase", {}], ["tokenize", {"tokenizer": tokenizer}]]
 
     def episodes(split: str, **settings) -> dict:
         return dict(dict(name="shapes_episodes", split=split, size=size, ways=[2, 4] if split == "train" else 2), **settings)
