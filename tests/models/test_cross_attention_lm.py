@@ -170,8 +170,8 @@ def test_inputs_that_do_not_fit(variables):
         MODEL.apply(variables, dict(INPUTS, media_index=INPUTS["media_index"][:, :4]))
 
 
-# In billions. IDEFICS: the parameters of the releases, 8.93 and 80. Flamingo (table 5): blocks 1.2, 1.6 and 10, resampler 0.194, vision 0.435, totals 3.2, 9.3 and
-# 80; language models of these widths and depths have 1.34, 8.3 and 65 without the matrices of Chinchilla's relative positions.
+# In billions. IDEFICS: the parameters of the releases, 8.93 and 80. Flamingo (table 5): blocks 1.2, 1.6 and 10, resampler 0.194, vision 0.435, totals 3.2, 9.3
+# and 80; language models of these widths and depths have 1.34, 8.3 and 65 without the matrices of Chinchilla's relative positions.
 @pytest.mark.parametrize("name, preset, gated, resampler, total", [
     ("flamingo", "flamingo-3b", 1.158, 0.194, 3.13), ("flamingo", "flamingo-9b", 1.804, 0.194, 10.75), ("flamingo", "flamingo-80b", 8.355, 0.194, 73.93),
     ("open_flamingo", "openflamingo-9b", 1.116, 0.063, 8.13), ("idefics", "idefics-9b", 1.435, 0.126, 8.93), ("idefics", "idefics-80b", 13.925, 0.126, 79.97),
