@@ -13,9 +13,9 @@ Settings = dict[str, Any]
 def _flamingo(width: int, depth: int, every: int) -> Settings:
     """An NFNet-F6 and a language model of the Chinchilla kind.
 
-    Differs from the paper: positions of the language model are rotary; Chinchilla's are relative, with a further matrix a layer, so that the paper counts 1.4, 7.1
-    and 70 billion parameters where this has 1.34, 8.3 and 65. (7.1 does not fit 40 layers of width 4096.) Keys of the resampler have 128 numbers, which gives
-    the 194 million that the paper counts; its final version says 96.
+    Differs from the paper: positions of the language model are rotary; Chinchilla's are relative, with a further matrix a layer, so that the paper counts
+    1.4, 7.1 and 70 billion parameters where this has 1.34, 8.3 and 65. (7.1 does not fit 40 layers of width 4096.) Keys of the resampler have 128 numbers,
+    which gives the 194 million that the paper counts; its final version says 96.
     """
     heads = width // 128
     language = dict(vocab_size=32_000, width=width, depth=depth, mlp_dim=4 * width, num_heads=heads, norm="rms", norm_eps=1e-5, activation="gelu", gated=False,
