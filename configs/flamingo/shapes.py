@@ -18,7 +18,7 @@ from vlm_jax.training.config import parse_arg
 
 PICTURES = 6            # of a document in training: five examples and the query
 CHUNK_END = "<|endofchunk|>"
-VOCABULARY = 384        # pieces of the tokenizer
+VOCABULARY = 512        # pieces of the tokenizer
 
 
 def get_config(arg=None):
@@ -28,11 +28,12 @@ def get_config(arg=None):
     size = 24 if test else 32
     batch = 4 if test else 64
 
-    levels = ["pair", "color", "shape"]
-    texts = dict(name="shapes_texts", split="train", kinds=["description", "question", "episode", "episode"],
-                 episodes=dict(kinds=["binding", "vqa", "caption"], shots=[1, 4] if test else [1, 24], ways=[2, 4], levels=levels, loss="all"))
-    words = dict(texts, kinds=["description", "question"], count=1000)
-    tokenizer = {"train_on": words, "vocab_size": VOCABULARY, "model_type": "bpe", "added": ["<s>", "<image>", CHUNK_END]}
+    def texts(fewest: int, most: int, **settings) -> dict:
+        """The text side: mostly episodes in which descriptions stand for the pictures."""
+        shown = dict(kinds=["binding", "binding", "binding", "vqa", "caption"], shots=[fewest, most], ways=[2, 4], loss="all")
+        return dict(name="shapes_texts", split="train", kinds=["description", "question", *["episode"] * 4], episodes=shown, **settings)
+
+    tokenizer = {"train_on": texts(1, 4, count=2000), "vocab_size": VOCABULARY, "model_type": "bpe", "added": ["<s>", "<image>", CHUNK_END]}
     text = [["lowercase", {}], ["tokenize", {"tokenizer": tokenizer}]]
 
     def episodes(split: str, **settings) -> dict:
@@ -43,8 +44,8 @@ def get_config(arg=None):
     config.seed = 0
     # The end of a chunk is the one token that the language model does not know.
     config.model = dict(name="flamingo", preset="test" if test else "shapes", language=dict(vocab_size=VOCABULARY + 2))
-    config.processor = dict(image=pictures(size, -2.0, 0.0), text=text,
-                            format=dict(kind="interleaved", length=96, pictures=3 if test else PICTURES, span="start", begin="<s>", chunk_end=CHUNK_END))
+    form = dict(kind="interleaved", span="start", begin="<s>", chunk_end=CHUNK_END)
+    config.processor = dict(image=pictures(size, -2.0, 0.0), text=text, format=dict(form, length=72, pictures=3 if test else PICTURES))
     config.task = dict(name="generation")
     lay_out(config, arg, "", parameters=10_000_000)
 
@@ -61,16 +62,18 @@ def get_config(arg=None):
         task=dict(name="contrastive", loss="sigmoid"),
         data=dict(pairs=dict(source=dict(name="mixture", sources=seen), batch_size=8 if test else 128)),
         train=[(r".*", {})], **adamw(1e-3, 50))
+    # As long as documents of 32 pictures will be: in most steps of the language model's training contexts are short.
+    lengths = dict(short=(96, batch, texts(1, 8)), **({} if test else dict(long=(288, batch // 8, texts(16, 28)))))
     language = dict(
         steps=2 if test else arg.language,
         init_from=dict(previous=True, mapping=[(r"(image/(?!pooling).*)", r"\1")]),
-        processor=dict(image=[], format=dict(kind="interleaved", length=96 if test else 256, pictures=0, span="start", begin="<s>", chunk_end=CHUNK_END)),
-        data=dict(texts=dict(source=texts, batch_size=batch // 2)),
+        data={name: dict(source=source, batch_size=rows, processor=dict(image=[], text=text, format=dict(form, length=length, pictures=0)))
+              for name, (length, rows, source) in lengths.items()},
         train=[(r"language/(?!new_).*", {}), (r".*", None)], **adamw(2e-3, 100))
     flamingo = dict(
         steps=2 if test else arg.steps,
         init_from=dict(previous=True),
-        data=dict(episodes=dict(source=episodes("train", shots=[0, 2] if test else [0, PICTURES - 1], levels=levels), batch_size=batch)),
+        data=dict(episodes=dict(source=episodes("train", shots=[0, 2] if test else [0, PICTURES - 1]), batch_size=batch)),
         train=[(r"(resampler|gated)/.*", {}), (r"language/new_.*", {}), (r".*", None)], **adamw(1e-3, 100))
     config.stages = [vision, language, flamingo]
     config.evaluations = {}
