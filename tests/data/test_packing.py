@@ -62,6 +62,9 @@ def test_packed_rows_hold_each_document_once_an_epoch_as_if_alone(tmp_path):
             read = arrays["media_index"][own]
             seen = [None if k < 0 else arrays["images"][k, 0, 0, 0] for k in read]
             assert seen == [None if k < 0 else alone["images"][k, 0, 0, 0] for k in alone["media_index"][:count]]
+    assert {*source.texts_at(0)} <= {"a dog", "a", "a cat", *("b" * k for k in range(5))}
+    from vlm_jax.data.tokenizer_training import captions_of
+    assert {*captions_of(source)} == {*captions_of(Listed(RECORDS))} == {"a dog", "a", "a cat", "b", "bb", "bbb", "bbbb"}
     assert packed_source(Listed(RECORDS), processor=SECTION, lengths=str(kept)).details["filled"] > 0.7
     again = pickle.loads(pickle.dumps(source))  # noqa: S301  (our own bytes)
     assert again.documents_at(3) == source.documents_at(3) and len(next(Loader(source, made, 3, on_bad="raise").batches())["mask"]) == 3
