@@ -271,6 +271,7 @@ def test_several_documents_of_a_row_do_not_mix():
 
 CUT_OFF = b"\x89PNG\r\n\x1a\n" + b"\0" * 20
 BAD = [
+    (None, "document_wrong_type"), (["a"], "document_wrong_type"), ({"frames": 3, "texts": ["a"]}, "document_wrong_type"),
     ({"segments": []}, "document_empty"), (document("", "  ", "\n"), "document_empty"), ({"segments": "a"}, "document_wrong_type"),
     ({"segments": None}, "document_wrong_type"), ({"segments": ["a"]}, "document_wrong_type"), ({"segments": [{"kind": "sound"}]}, "document_wrong_type"),
     ({"segments": [{"text": "a"}]}, "document_wrong_type"), ({"segments": [{"kind": ["text"], "text": "a"}]}, "document_wrong_type"),

@@ -148,7 +148,7 @@ class Processor:
 
     def _documents(self, record: Mapping[str, Any], rng: np.random.Generator | None, name: str, strict: bool) -> tuple[dict[str, np.ndarray], Account]:
         """Returns the arrays of the documents of a record in one row; `strict`: a bad one is raised also if others are good."""
-        documents = record.get("documents", (record,))
+        documents = record.get("documents", (record,)) if isinstance(record, Mapping) else (record,)
         if not isinstance(documents, (list, tuple)) or not documents:
             raise problem("document_wrong_type", f"{name or 'record'}: documents is {documents!r:.60}; give a list of at least one record.")
         rows, pictures, bad = [], [], []
