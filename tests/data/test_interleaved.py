@@ -183,6 +183,20 @@ def test_cuts_are_counted_and_spans_are_pure():
         assert error.value.reason == reason and str(error.value).startswith("pages[3]: ")
 
 
+def test_places_for_image_tokens_are_cut_as_a_whole():
+    from vlm_jax.models.visual_tokens import check_slots
+    made = processor(image_tokens=3, length=16, span="random")
+    for seed in range(30):
+        arrays = made(document("a dog", 1, "small red", 2, "b", 3, "x = y"), np.random.default_rng(seed))
+        check_slots(arrays["slots"][None], 3, 3, ["row"])
+        assert (arrays["tokens"] == MARK).sum() * 3 == (arrays["slots"] >= 0).sum() and not arrays["loss_weights"][arrays["slots"] >= 0].any()
+
+
+def test_marks_in_a_text_of_a_record():
+    record = {"text": "a dog <image> and <image>", "images": [picture(1), picture(2)]}
+    assert (processor()(record)["tokens"] == processor()(document("a dog ", 1, " and ", 2))["tokens"]).all()
+
+
 def test_next_image_is_drawn_once_a_document_and_may_be_given():
     made, record = processor(next_image=0.5), document("a", 1, "b", 2, "c")
     seen = [tuple(made(record, np.random.default_rng(seed))["media_index"][:9]) for seed in range(40)]
@@ -257,6 +271,7 @@ def test_several_documents_of_a_row_do_not_mix():
 
 CUT_OFF = b"\x89PNG\r\n\x1a\n" + b"\0" * 20
 BAD = [
+    (None, "document_wrong_type"), (["a"], "document_wrong_type"), ({"frames": 3, "texts": ["a"]}, "document_wrong_type"),
     ({"segments": []}, "document_empty"), (document("", "  ", "\n"), "document_empty"), ({"segments": "a"}, "document_wrong_type"),
     ({"segments": None}, "document_wrong_type"), ({"segments": ["a"]}, "document_wrong_type"), ({"segments": [{"kind": "sound"}]}, "document_wrong_type"),
     ({"segments": [{"text": "a"}]}, "document_wrong_type"), ({"segments": [{"kind": ["text"], "text": "a"}]}, "document_wrong_type"),
@@ -270,7 +285,9 @@ BAD = [
     (document(video_segment("abc"), "a"), "document_wrong_type"), (document(1, "half \ud800"), "caption_not_text"),
     ({"prompt": "a", "texts": ["b"]}, "image_missing"), ({"image": picture(1), "texts": []}, "caption_missing"),
     ({"image": picture(1), "prompt": 3, "texts": ["a"]}, "prompt_not_text"), ({"documents": []}, "document_wrong_type"),
-    ({"image": picture(1), "prompt": "<image> <image>", "texts": ["a"]}, "images_missing"), ({"documents": ["a"]}, "document_wrong_type"),
+    ({"image": picture(1), "prompt": "<image> <image>", "texts": ["a"]}, "images_missing"),
+    ({"text": "a <image> b <image>", "images": [picture(1)]}, "images_missing"), ({"text": "a", "images": [picture(2)]}, "images_unreferenced"),
+    ({"text": "a <image> b", "images": [picture(1), picture(2)]}, "images_unreferenced"), ({"documents": ["a"]}, "document_wrong_type"),
 ]
 
 

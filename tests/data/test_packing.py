@@ -62,6 +62,9 @@ def test_packed_rows_hold_each_document_once_an_epoch_as_if_alone(tmp_path):
             read = arrays["media_index"][own]
             seen = [None if k < 0 else arrays["images"][k, 0, 0, 0] for k in read]
             assert seen == [None if k < 0 else alone["images"][k, 0, 0, 0] for k in alone["media_index"][:count]]
+    assert {*source.texts_at(0)} <= {"a dog", "a", "a cat", *("b" * k for k in range(5))}
+    from vlm_jax.data.tokenizer_training import captions_of
+    assert {*captions_of(source)} == {*captions_of(Listed(RECORDS))} == {"a dog", "a", "a cat", "b", "bb", "bbb", "bbbb"}
     assert packed_source(Listed(RECORDS), processor=SECTION, lengths=str(kept)).details["filled"] > 0.7
     again = pickle.loads(pickle.dumps(source))  # noqa: S301  (our own bytes)
     assert again.documents_at(3) == source.documents_at(3) and len(next(Loader(source, made, 3, on_bad="raise").batches())["mask"]) == 3
@@ -93,13 +96,15 @@ def test_no_token_of_a_packed_row_sees_another_document():
     made, alone = processor(image=(), pack=3), processor(image=())
     model = build("decoder", vocab_size=TOKENIZER.vocab_size, width=16, depth=2, num_heads=2, mlp_dim=16, max_positions=64)
     row = {key: jnp.asarray(value)[None] for key, value in made({"documents": texts}).items() if key != "loss_weights"}
-    params = model.init(jax.random.key(0), row)["params"]
-    packed = model.apply({"params": params}, row)[0][0]
+    shapes, rng = jax.eval_shape(model.init, jax.random.key(0), row)["params"], np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: np.float32(0.3 * rng.standard_normal(leaf.shape)), shapes)
+    apply = jax.jit(lambda inputs: model.apply({"params": params}, inputs)[0][0])
+    packed = apply(row)
     begin = 0
     for one in texts:
         single = {key: jnp.asarray(value)[None] for key, value in alone(one).items() if key != "loss_weights"}
         count = int(single["valid"].sum())
-        np.testing.assert_allclose(packed[begin:begin + count], model.apply({"params": params}, single)[0][0, :count], atol=1e-5)
+        np.testing.assert_allclose(packed[begin:begin + count], apply(single)[:count], atol=1e-5)
         begin += count
 
 

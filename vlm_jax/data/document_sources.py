@@ -3,7 +3,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data.documents import image_segment, text_segment, video_segment
+from vlm_jax.data.documents import image_segment, segment_texts, text_segment, video_segment
 from vlm_jax.data.problems import problem
 from vlm_jax.data.sources import Source, build_source, check_index, check_texts, texts_of
 from vlm_jax.errors import ConfigError
@@ -66,7 +66,7 @@ class TextsSource:
         segments = self._source[index].get("segments")
         if not isinstance(segments, (list, tuple)):
             raise problem("document_wrong_type", f"{self.describe(index)}: the record has no segments; use a source of documents.")
-        text = self._separator.join(segment["text"].strip() for segment in segments if segment["kind"] == "text" and segment["text"].strip())
+        text = self._separator.join(text.strip() for text in segment_texts(segments) if text.strip())
         return {"prompt": "", "texts": check_texts(text, lambda: self.describe(index)), "text_only": True}
 
     def texts_at(self, index: int) -> list[str]:

@@ -8,7 +8,8 @@
     video       `frames`: a list of such pictures, or a uint8 array [F, H, W, 3]
     chunk_end   the end of a chunk where no picture follows, as between the examples of a prompt without pictures
 
-A plain record {image or frames, prompt, texts} is the document picture, prompt (no loss), target.
+A record {text, images} with a mark ("<image>") in the text for each of `images` is such a document too, and a plain record {image or frames, prompt, texts}
+is the document picture, prompt (no loss), target.
 """
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -101,6 +102,13 @@ def plain_segments(record: Mapping[str, Any], target: str | None, marker: str | 
     else:
         segments = [*pictures, *([text_segment(prompt, False)] if prompt else [])]
     return segments if target is None else [*segments, text_segment(target)]
+
+
+def segment_texts(segments: Any) -> list[str]:
+    """Returns the texts of segments that are texts; what is no segment gives none."""
+    if not isinstance(segments, (list, tuple)):
+        return []
+    return [segment["text"] for segment in segments if isinstance(segment, Mapping) and isinstance(segment.get("text"), str)]
 
 
 def frames_of(segment: Segment, count: int | None) -> list[Any]:

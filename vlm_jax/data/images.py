@@ -92,8 +92,11 @@ class Resize:
     def __post_init__(self):
         _pair(self.size), choose(METHODS, self.method, "method")
 
-    def __call__(self, image: Pixels, rng: np.random.Generator | None = None) -> Image.Image:
-        return _resize(as_image(image), *_pair(self.size), self.method)
+    def __call__(self, image: Pixels, rng: np.random.Generator | None = None) -> Pixels:
+        height, width = _pair(self.size)
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (height, width, 3):
+            return image
+        return _resize(as_image(image), height, width, self.method)
 
 
 @register("image", "resize_shortest")

@@ -191,8 +191,8 @@ class InterleavedFormat:
         if len(rows) > self.packs or tokens > self.length or count > self.pictures:
             raise problem("pack_too_long", f"{len(rows)} documents of {tokens} tokens and {count} pictures, but a row has room for {self.packs}, {self.length} "
                                            f"and {self.pictures}; measure the lengths of the pack again with this processor.")
-        fill = {"tokens": self.pad_id, "media_index": -1, "slots": -1}
-        result = {key: np.full(shape, fill.get(key, 0), self.dtypes()[key]) for key, shape in self.shapes().items()}
+        fill, dtypes = {"tokens": self.pad_id, "media_index": -1, "slots": -1}, self.dtypes()
+        result = {key: np.full(shape, fill.get(key, 0), dtypes[key]) for key, shape in self.shapes().items()}
         begin = before = 0
         for number, row in enumerate(rows, 1):
             place = slice(begin, begin + len(row.tokens))

@@ -94,10 +94,15 @@ class InterleavedSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = int(self._kept[check_index(index, len(self), self.name)])
-        item, document = self._describe(row), self._document(row)
-        read = self._reader(row, item)
-        segments = [{"kind": "image", "image": read(segment["image"])} if segment["kind"] == "image" else segment for segment in self._laid(document, item)]
-        return {"segments": segments, **{key: document[key] for key in ("id", "language", "next_image") if key in document}}
+        record, read = self.outline_at(index), self._reader(row, self._describe(row))
+        segments = [image_segment(read(segment["image"])) if segment["kind"] == "image" else segment for segment in record["segments"]]
+        return {**record, "segments": segments}
+
+    def outline_at(self, index: int) -> dict[str, Any]:
+        """Returns document `index` with references in the place of its pictures, which are not read."""
+        row = int(self._kept[check_index(index, len(self), self.name)])
+        document = self._document(row)
+        return {"segments": self._laid(document, self._describe(row)), **{key: document[key] for key in ("id", "language", "next_image") if key in document}}
 
     @property
     def details(self) -> dict[str, Any]:

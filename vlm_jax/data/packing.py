@@ -15,7 +15,7 @@ import numpy as np
 from vlm_jax import storage
 from vlm_jax.data.interleaved import InterleavedFormat
 from vlm_jax.data.processor import Processor
-from vlm_jax.data.sources import Source, build_source, check_index, locate_part, offsets_of
+from vlm_jax.data.sources import Source, build_source, check_index, locate_part, offsets_of, texts_of
 from vlm_jax.errors import ConfigError, DataError
 
 WINDOW = 1000
@@ -83,6 +83,9 @@ class PackedSource:
         numbers = self.documents_at(index)
         return {"documents": [self._read(number) for number in numbers], "name_of": partial(self._name_of, index)}
 
+    def texts_at(self, index: int) -> list[str]:
+        return [text for number in self.documents_at(index) for text in texts_of(self._source, number)]
+
     def describe(self, index: int) -> str:
         return f"{self.name}[{index}]"
 
@@ -108,13 +111,14 @@ class PackedSource:
 def measure(source: Source, processor: Processor) -> Int[np.ndarray, "N 2"]:
     """Returns tokens and pictures of every document under a processor, at most those of a row: of several texts of a plain record the longest.
 
-    A document that cannot be used takes one token, so that it is in a row and is counted there. Every document is read once.
+    A document that cannot be used takes one token, so that it is in a row and is counted there. Every document is read once, by the source's `outline_at`,
+    which spares its pictures, where there is one.
     """
-    form, rows = processor.format, np.ones((len(source), 2), np.int64)
+    form, rows, read = processor.format, np.ones((len(source), 2), np.int64), getattr(source, "outline_at", source.__getitem__)
     rows[:, 1] = 0
     for index in range(len(source)):
         try:
-            record = source[index]
+            record = read(index)
             texts = record.get("texts") or [None]
             choices = [record] if "segments" in record else [{**record, "texts": [text]} for text in texts]
             rows[index] = np.max([form.measure(processor.segments(choice)) for choice in choices], axis=0)

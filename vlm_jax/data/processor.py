@@ -15,7 +15,7 @@ from PIL import Image
 
 from vlm_jax import storage
 from vlm_jax.data import operations
-from vlm_jax.data.documents import Segment, frames_of, image_segment, plain_segments
+from vlm_jax.data.documents import Segment, frames_of, image_segment, marked_segments, plain_segments
 from vlm_jax.data.formats import KINDS, Format, prepared
 from vlm_jax.data.interleaved import InterleavedFormat, Row
 from vlm_jax.data.problems import Account, problem, reason_of
@@ -148,7 +148,7 @@ class Processor:
 
     def _documents(self, record: Mapping[str, Any], rng: np.random.Generator | None, name: str, strict: bool) -> tuple[dict[str, np.ndarray], Account]:
         """Returns the arrays of the documents of a record in one row; `strict`: a bad one is raised also if others are good."""
-        documents = record.get("documents", (record,))
+        documents = record.get("documents", (record,)) if isinstance(record, Mapping) else (record,)
         if not isinstance(documents, (list, tuple)) or not documents:
             raise problem("document_wrong_type", f"{name or 'record'}: documents is {documents!r:.60}; give a list of at least one record.")
         rows, pictures, bad = [], [], []
@@ -187,9 +187,11 @@ class Processor:
             raise problem("document_wrong_type", f"a document is a {type(record).__name__}, not a record; write {{\"segments\": [...]}}.")
         if "segments" in record:
             return self._prepared(record["segments"], rng)
+        marker = self.format.image_marker
+        if marker and isinstance(record.get("text"), str) and isinstance(record.get("images"), (list, tuple)):
+            return self._prepared(marked_segments(record["text"], [image_segment(image) for image in record["images"]], marker), rng)
         if self._image and not record.get("text_only") and record.get("image") is None and record.get("frames") is None:
             raise problem("image_missing", "record: there is no image; give the record one, mark it text_only, or leave it out.")
-        marker = self.format.image_marker
         return self._prepared(plain_segments(record if self._image else {**record, "text_only": True}, self.caption(record, rng), marker), rng)
 
     def _prepared(self, segments: Any, rng: np.random.Generator | None = None) -> Any:
@@ -370,5 +372,5 @@ def _named(name: str, function, *arguments):
         return function(*arguments)
     except DataError as error:
         if hasattr(error, "reason"):
-            raise problem(error.reason, f"{name}: {error}") from None
+            raise problem(error.reason, f"{name}: {str(error).removeprefix('record: ')}") from None
         raise DataError(f"{name}: {error}") from None

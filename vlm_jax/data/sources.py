@@ -10,6 +10,7 @@ import importlib
 import math
 from typing import Any, Protocol, runtime_checkable
 
+from vlm_jax.data.documents import segment_texts
 from vlm_jax.data.problems import problem
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.settings import call, choose
@@ -92,9 +93,12 @@ def build_source(settings: Mapping[str, Any], where: str = "source") -> Source:
 
 
 def texts_of(source: Source, index: int) -> list[str]:
-    """Returns the texts of record `index`, without reading its image where the source can."""
+    """Returns the texts of record `index`, without reading its image where the source can; of a document without `texts` those of its segments."""
     read = getattr(source, "texts_at", None)
-    return list(read(index)) if read is not None else list(source[index]["texts"])
+    if read is not None:
+        return list(read(index))
+    record = source[index]
+    return segment_texts(record["segments"]) if "segments" in record and "texts" not in record else list(record["texts"])
 
 
 def prompt_of(source: Source, index: int) -> str:

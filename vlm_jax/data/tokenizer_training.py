@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from vlm_jax import storage
-from vlm_jax.data.sources import prompt_of
+from vlm_jax.data.sources import prompt_of, texts_of
 from vlm_jax.data.tokenizers import SentencePieceTokenizer, load_tokenizer
 from vlm_jax.errors import ConfigError, DataError, VlmError
 from vlm_jax.settings import choose, plain
@@ -37,13 +37,12 @@ def captions_of(source: Any, prepare: Sequence[Callable] = (), max_captions: int
     A source with `texts_at(i)` (and `prompt_at(i)`) is not asked for its pictures. Of a source with more records than `max_captions`, evenly spaced
     records are read.
     """
-    texts_at = getattr(source, "texts_at", None) or (lambda i: source[i].get("texts", ()))
     step = max(1, -(-len(source) // max_captions))
     captions = []
     for i in range(0, len(source), step):
         try:
-            texts = [*(texts_at(i) or ()), prompt_of(source, i)]
-        except DataError:
+            texts = [*texts_of(source, i), prompt_of(source, i)]
+        except (DataError, KeyError, TypeError):
             continue  # a record that cannot be read is counted by the loader, which meets it as well
         for text in texts:
             if isinstance(text, str):

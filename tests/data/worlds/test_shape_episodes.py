@@ -72,6 +72,8 @@ def test_a_record_is_a_document_and_its_parts():
     assert said(record)[0] == f"answer with {' or '.join(record['candidates'])}."
     losses = [segment["loss"] for segment in record["segments"] if segment["kind"] == "text" and segment["text"] in record["candidates"]]
     assert all(losses) and sum(s.get("loss", False) for s in record["segments"]) == len(losses) == 7
+    outline = source.outline_at(4)["segments"]
+    assert [s if s["kind"] == "text" else "IMAGE" for s in outline] == [s if s["kind"] == "text" else "IMAGE" for s in record["segments"]]
     assert texts_of(source, 4) == record["texts"] and prompt_of(source, 4) == record["prompt"] == "this is a"
     again = pickle.loads(pickle.dumps(source))[4]  # noqa: S301  (our own bytes)
     assert said(again) == said(record) and np.array_equal(again["image"], record["image"]) and not np.array_equal(source[5]["image"], record["image"])
@@ -107,6 +109,20 @@ def test_controls_break_the_tie_of_pictures_and_answers():
         assert sorted(e.thing.x for e in moved.support) == sorted(e.thing.x for e in plan.support)
         assert all(a.thing != b.thing for a, b in zip(moved.support, plan.support))
     assert right["permuted"] / 320 < 0.35 and right["others"] / 320 < 0.2           # 1 of 4, 1 of 20
+
+
+def test_a_bank_of_pictures():
+    source = episodes_source("heldout", shots=(2, 6), bank=2, levels=("pair",))
+    seen = {}
+    for i in range(60):
+        record, plan = source[i], source.plan(i)
+        for example, shown in zip((*plan.support, plan.query), (*record["support"], record["query"])):
+            same = seen.setdefault(example.banked, (example.thing, shown[0]["image"]))
+            assert same[0] == example.thing and same[1] is shown[0]["image"] and not same[1].flags.writeable
+        if plan.task == "binding":
+            assert len({(e.answer, e.thing.name) for e in plan.support}) == len({e.answer for e in plan.support})
+    assert 20 < len(seen) <= 20 * 2 * 2
+    assert episodes_source("heldout", bank=2, control="permuted", shots=3).plan(5).query == episodes_source("heldout", bank=2, shots=3).plan(5).query
 
 
 def test_the_text_side():
@@ -146,7 +162,7 @@ def test_words_of_one_lexicon():
 @pytest.mark.parametrize("wrong, message", [
     (dict(split="test"), "split"), (dict(kinds=["bind"]), 'Did you mean "binding"'), (dict(kinds=[]), "empty"), (dict(shots=-1), "shots"),
     (dict(shots=(3, 2)), "shots"), (dict(ways=1), "ways"), (dict(split="heldout", ways=3, levels=["color"]), "has 2 concepts"), (dict(size=4), "size"),
-    (dict(control="shuffled"), "control"), (dict(loss="none"), "loss"), (dict(repeats=0), "repeats"), (dict(images="drawn"), "images"),
+    (dict(control="shuffled"), "control"), (dict(loss="none"), "loss"), (dict(repeats=0), "repeats"), (dict(images="drawn"), "images"), (dict(bank=0), "bank"),
     (dict(syllables=3), "syllables"),
 ])
 def test_wrong_settings_are_named(wrong, message):

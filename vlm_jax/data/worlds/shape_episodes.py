@@ -12,8 +12,9 @@ Words, concepts and caption styles of "validation" and "heldout" are never in tr
 splits are in no picture. Record i is a pure function of (settings, i); with another number of shots the query stays and the examples are longer or shorter
 lists of the same.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 import hashlib
 from itertools import permutations
 from typing import Any
@@ -41,7 +42,7 @@ _VALIDATION_PAIRS = tuple(pair for pair in TRAIN_PAIRS if (pair[1] - pair[0]) % 
 PAIRS = {"train": tuple(pair for pair in TRAIN_PAIRS if pair not in _VALIDATION_PAIRS), "validation": _VALIDATION_PAIRS, "heldout": HELDOUT_PAIRS}
 _HELD = {"validation": (("brown", "gray"), ("cross", "diamond")), "heldout": (("purple", "turquoise"), ("heart", "arrow"))}
 # Separates the random draws of one episode.
-_PLAN_DRAW, _SHOTS_DRAW, _CONTROL_DRAW, _ROUND_DRAW, _EXAMPLE_DRAW, _QUERY_DRAW = 201, 202, 203, 204, 205, 206
+_PLAN_DRAW, _SHOTS_DRAW, _CONTROL_DRAW, _ROUND_DRAW, _EXAMPLE_DRAW, _QUERY_DRAW, _BANK_DRAW = 201, 202, 203, 204, 205, 206, 207
 
 
 def concepts(split: str, level: str) -> tuple[str, ...]:
@@ -53,6 +54,7 @@ def concepts(split: str, level: str) -> tuple[str, ...]:
     return tuple(name for name in every if held.get(name, "train") == split)
 
 
+@cache
 def caption_styles(split: str) -> tuple[tuple[tuple[str, ...], str], ...]:
     """Returns the caption styles of a split, (attributes in their order, separator); a hash decides, about a quarter are held out."""
     every = [(order, mark) for number in (2, 3) for order in permutations(ATTRIBUTES, number) for mark in (" ", ", ", " / ")]
@@ -66,9 +68,10 @@ def _style_split(style: tuple[tuple[str, ...], str]) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """A picture's thing, and what is said of it."""
+    """A picture's thing, and what is said of it; `banked` says which picture of the bank it is."""
     thing: Thing
     answer: str
+    banked: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,22 +95,30 @@ class ShapeEpisodes:
     """
 
     def __init__(self, split: str, count: int, size: int, seed: int, kinds: tuple[str, ...], shots: tuple[int, int], ways: tuple[int, int],
-                 levels: tuple[str, ...], repeats: int, induction: bool, loss: str, control: str | None, images: bool | str, syllables: int):
+                 levels: tuple[str, ...], repeats: int, induction: bool, loss: str, control: str | None, images: bool | str, syllables: int, bank: int | None):
         self.name, self.split, self.size, self.seed = f"shapes_episodes/{split}", split, size, seed
         self._count, self._kinds, self._shots, self._ways, self._levels = count, kinds, shots, ways, levels
         self._repeats, self._induction, self._loss, self._control, self._images, self._syllables = repeats, induction, loss, control, images, syllables
+        self._bank = bank
         self._pairs = {level: {name: [pair for pair in PAIRS[split] if name in _names(pair)] for name in concepts(split, level)} for level in LEVELS}
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._record(index, self._picture)
+
+    def outline_at(self, index: int) -> dict[str, Any]:
+        """Returns record `index` with names in the place of its pictures, which are not painted."""
+        return self._record(index, lambda one, *place: [image_segment(one.thing.name)] if self._images is True else self._picture(one, *place))
+
+    def _record(self, index: int, picture: Callable[[Example, int, int, int], list[Segment]]) -> dict[str, Any]:
         index = check_index(index, self._count, self.name)
         plan = self.plan(index)
         prompt = text_segment(PROMPTS[plan.task], self._loss == "all")
-        support = [[*self._picture(example.thing, index, _EXAMPLE_DRAW, number), prompt, text_segment(example.answer, self._loss != "query")]
+        support = [[*picture(example, index, _EXAMPLE_DRAW, number), prompt, text_segment(example.answer, self._loss != "query")]
                    for number, example in enumerate(plan.support)]
-        query = [*self._picture(plan.query.thing, index, _QUERY_DRAW, 0), prompt]
+        query = [*picture(plan.query, index, _QUERY_DRAW, 0), prompt]
         opening = [text_segment(f"answer with {' or '.join(plan.candidates)}.", False)] if self._induction and plan.task == "binding" else []
         segments = [*opening, *(segment for example in support for _ in range(self._repeats) for segment in example), *query, text_segment(plan.query.answer)]
         thing, image = plan.query.thing, {"image": query[0]["image"]} if self._images is True else {"text_only": True}
@@ -132,7 +143,7 @@ class ShapeEpisodes:
         """What a results.json says about these records."""
         return {"split": self.split, "records": self._count, "size": self.size, "seed": self.seed, "kinds": list(self._kinds), "shots": list(self._shots),
                 "ways": list(self._ways), "levels": list(self._levels), "repeats": self._repeats, "induction": self._induction, "control": self._control,
-                "images": self._images}
+                "images": self._images, "bank": self._bank}
 
     def plan(self, index: int) -> Plan:
         """Returns what record `index` shows and asks."""
@@ -146,11 +157,11 @@ class ShapeEpisodes:
         if self._control == "permuted":
             # Along one random cycle: with two examples or more every picture leaves its place.
             order = rng.permutation(number)
-            things = {int(to): plan.support[int(of)].thing for to, of in zip(order, np.roll(order, 1))}
+            shown = {int(to): plan.support[int(of)] for to, of in zip(order, np.roll(order, 1))}
         else:
             detailed = plan.task != "binding"
-            things = {place: draw_scene(rng, PAIRS[self.split], (1, 1), detailed)[0] for place in range(number)}
-        return replace(plan, support=tuple(replace(example, thing=things[place]) for place, example in enumerate(plan.support)))
+            shown = {place: self._show(rng, PAIRS[self.split], detailed) for place in range(number)}
+        return replace(plan, support=tuple(replace(shown[place], answer=example.answer) for place, example in enumerate(plan.support)))
 
     def _binding(self, index: int, rng: np.random.Generator, number: int) -> Plan:
         level = _drawn(self._levels, rng)
@@ -163,33 +174,42 @@ class ShapeEpisodes:
         # Every concept once, in a random order, before any comes again.
         order = [int(way) for turn in range(-(-number // ways)) for way in self._rng(index, _ROUND_DRAW, turn).permutation(ways)][:number]
         draws = [(way, self._rng(index, _EXAMPLE_DRAW, place)) for place, way in enumerate(order)] + [(asked, self._rng(index, _QUERY_DRAW, 0))]
-        examples = [Example(draw_scene(draw, self._pairs[level][chosen[way]], (1, 1), False)[0], names[way]) for way, draw in draws]
+        examples = [self._show(draw, self._pairs[level][chosen[way]], False, names[way]) for way, draw in draws]
         return Plan("binding", tuple(examples[:-1]), examples[-1], tuple(names), level)
 
     def _vqa(self, index: int, rng: np.random.Generator, number: int) -> Plan:
         asked = _drawn(ATTRIBUTES, rng)
-        examples = [Example(thing, getattr(thing, asked)) for thing in self._things(index, number)]
+        examples = [replace(one, answer=getattr(one.thing, asked)) for one in self._shown(index, number)]
         return Plan("vqa", tuple(examples[:-1]), examples[-1], tuple(answer for name in ATTRIBUTES for answer in ANSWERS[name]), asked)
 
     def _caption(self, index: int, rng: np.random.Generator, number: int) -> Plan:
         styles = caption_styles(self.split)
         order = rng.permutation(len(styles))
         style, *others = (styles[int(place)] for place in order[:8])
-        examples = [Example(thing, _styled(thing, style)) for thing in self._things(index, number)]
+        examples = [replace(one, answer=_styled(one.thing, style)) for one in self._shown(index, number)]
         wrong = [draw_scene(rng, PAIRS[self.split], (1, 1), True)[0] for _ in range(4)]
         named = [examples[-1].answer, *(_styled(examples[-1].thing, other) for other in others), *(_styled(thing, style) for thing in wrong)]
         return Plan("caption", tuple(examples[:-1]), examples[-1], tuple(dict.fromkeys(named)), style[1].join(style[0]))
 
-    def _things(self, index: int, number: int) -> list[Thing]:
+    def _shown(self, index: int, number: int) -> list[Example]:
         """Returns what the examples and, last, the query of questions and captions show."""
         draws = [*(self._rng(index, _EXAMPLE_DRAW, place) for place in range(number)), self._rng(index, _QUERY_DRAW, 0)]
-        return [draw_scene(draw, PAIRS[self.split], (1, 1), True)[0] for draw in draws]
+        return [self._show(draw, PAIRS[self.split], True) for draw in draws]
 
-    def _picture(self, thing: Thing, index: int, draw: int, number: int) -> list[Segment]:
+    def _show(self, rng: np.random.Generator, pairs: Sequence[tuple[int, int]], detailed: bool, answer: str = "") -> Example:
+        """Draws what a picture shows."""
+        if self._bank is None:
+            return Example(draw_scene(rng, pairs, (1, 1), detailed)[0], answer)
+        banked = (self.seed, SPLITS.index(self.split), *_drawn(pairs, rng), int(detailed), int(rng.integers(self._bank)))
+        return Example(_banked(self.size, *banked)[0], answer, banked)
+
+    def _picture(self, example: Example, index: int, draw: int, number: int) -> list[Segment]:
         """Returns the segments that show a thing: its picture, its description, or none."""
         if self._images is True:
-            return [image_segment(paint_scene(self._rng(index, draw, number, 1), [thing], self.size)[0])]
-        return [text_segment(f"{described(thing)}:", self._loss == "all")] if self._images == "described" else []
+            if example.banked is not None:
+                return [image_segment(_banked(self.size, *example.banked)[1])]
+            return [image_segment(paint_scene(self._rng(index, draw, number, 1), [example.thing], self.size)[0])]
+        return [text_segment(f"{described(example.thing)}:", self._loss == "all")] if self._images == "described" else []
 
     def _rng(self, index: int, *draw: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, SPLITS.index(self.split), index, *draw))
@@ -250,7 +270,7 @@ def described(thing: Thing) -> str:
 
 def episodes_source(split: str = "train", count: int | None = None, size: int = 32, seed: int = 0, kinds: Sequence[str] = KINDS, shots: Any = (0, 8),
                     ways: Any = 2, levels: Sequence[str] = ("pair",), repeats: int = 1, induction: bool = False, loss: str = "answers",
-                    control: str | None = None, images: bool | str = True, syllables: int = 1) -> ShapeEpisodes:
+                    control: str | None = None, images: bool | str = True, syllables: int = 1, bank: int | None = None) -> ShapeEpisodes:
     """Returns the episodes of one split.
 
     Args:
@@ -268,6 +288,7 @@ def episodes_source(split: str = "train", count: int | None = None, size: int = 
         things of the split.
       images: True; False leaves the pictures out; "described" puts what they show in words in their place: the text side of the same world.
       syllables: of the invented words, 1 or 2.
+      bank: how many pictures there are of each pair of colour and shape, kept in memory once they are painted; None paints a new one for every example.
     Raises:
       ConfigError: for an unknown name, a number out of range, or more ways than the split has concepts.
     """
@@ -277,13 +298,13 @@ def episodes_source(split: str = "train", count: int | None = None, size: int = 
         if value not in known:
             raise ConfigError(f"shapes_episodes.{name}: {value!r} is unknown.{did_you_mean(value, known)}")
     count = COUNTS[split] if count is None else count
-    for name, value, low in (("count", count, 1), ("size", size, 8), ("seed", seed, 0), ("repeats", repeats, 1)):
+    for name, value, low in (("count", count, 1), ("size", size, 8), ("seed", seed, 0), ("repeats", repeats, 1), ("bank", 1 if bank is None else bank, 1)):
         _check_number("shapes_episodes", name, value, low)
     shots, ways = _range(shots, "shots", 0), _range(ways, "ways", 2)
     most = min(len(concepts(split, level)) for level in levels)
     if "binding" in kinds and ways[1] > most:
         raise ConfigError(f"shapes_episodes.ways is {ways[1]}, but split {split!r} has {most} concepts of the levels {', '.join(levels)}; lower it.")
-    return ShapeEpisodes(split, count, size, seed, kinds, shots, ways, levels, repeats, induction, loss, control, images, syllables)
+    return ShapeEpisodes(split, count, size, seed, kinds, shots, ways, levels, repeats, induction, loss, control, images, syllables, bank)
 
 
 def words_source(split: str = "heldout", count: int | None = None, size: int = 32, seed: int = 0, lexicon: int = 0, level: str = "pair",
@@ -304,6 +325,16 @@ def words_source(split: str = "heldout", count: int | None = None, size: int = 3
     if ways is not None and ways > most:
         raise ConfigError(f"shapes_words.ways is {ways}, but split {split!r} has {most} concepts of level {level}; lower it.")
     return ShapeWords(split, count, size, seed, lexicon, level, ways, syllables)
+
+
+@lru_cache(maxsize=20_000)
+def _banked(size: int, seed: int, split: int, color: int, shape: int, detailed: int, number: int) -> tuple[Thing, np.ndarray]:
+    """Returns what picture `number` of a pair shows, and the picture."""
+    rng = np.random.default_rng((seed, split, color, shape, detailed, number, _BANK_DRAW))
+    thing = draw_scene(rng, [(color, shape)], (1, 1), bool(detailed))[0]
+    image, _ = paint_scene(rng, [thing], size)
+    image.flags.writeable = False
+    return thing, image
 
 
 def _styled(thing: Thing, style: tuple[tuple[str, ...], str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.data.documents import segment_texts
 from vlm_jax.data.sources import check_index
 from vlm_jax.data.worlds.invented_words import SPLITS
 from vlm_jax.data.worlds.shape_episodes import ANSWERS, ATTRIBUTES, COUNTS, PAIRS, ShapeEpisodes, described, episodes_source
@@ -65,7 +66,7 @@ class ShapeTexts:
 
 def document_text(segments: Sequence[dict[str, Any]], separator: str = " ") -> str:
     """Returns the texts of a document, its pictures left out."""
-    return separator.join(segment["text"].strip() for segment in segments if segment["kind"] == "text" and segment["text"].strip())
+    return separator.join(text.strip() for text in segment_texts(segments))
 
 
 def texts_source(split: str = "train", count: int | None = None, seed: int = 0, kinds: Sequence[str] = KINDS, episodes: Any = None) -> ShapeTexts:
