@@ -145,14 +145,18 @@ def test_bfloat16_products_with_float32_sums():
     assert 1e-4 < np.abs(low - full).max() / np.abs(full).max() < 0.1
 
 
-def test_kept_sums_have_the_gradient_of_the_convolution():
-    x, kernel = (jnp.asarray(RNG.normal(size=shape), jnp.bfloat16) for shape in ((2, 7, 5, 4), (3, 3, 2, 6)))
-    weight = jnp.asarray(RNG.normal(size=(2, 4, 3, 6)), jnp.bfloat16).astype(jnp.float32)
-    ours = jax.grad(lambda x, k: (convolution(x, k, 2, 2, "float32") * weight).sum(), (0, 1))(x, kernel)
-    exact = jax.grad(lambda x, k: (convolution(x, k, 2, 2) * weight).sum(), (0, 1))(x.astype(jnp.float32), kernel.astype(jnp.float32))
-    assert convolution(x, kernel, 2, 2, "float32").dtype == jnp.float32 and ours[0].dtype == jnp.bfloat16
+@pytest.mark.parametrize("dtype, stride, tolerance", [("float32", 2, 1e-5), ("bfloat16", 2, 0.02), ("float32", 1, 1e-5)])
+def test_the_gradient_of_groups_and_kept_sums_is_that_of_jax(dtype, stride, tolerance):
+    x, kernel = (jnp.asarray(RNG.normal(size=shape), dtype) for shape in ((2, 7, 6, 4), (3, 3, 2, 6)))
+    weight = jnp.asarray(RNG.normal(size=(2, -(-7 // stride), -(-6 // stride), 6)), dtype).astype(jnp.float32)
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2)
+    ours = jax.grad(lambda x, k: (convolution(x, k, stride, 2, "float32") * weight).sum(), (0, 1))(x, kernel)
+    exact = jax.grad(lambda x, k: (plain(x, k) * weight).sum(), (0, 1))(x.astype(jnp.float32), kernel.astype(jnp.float32))
+    assert convolution(x, kernel, stride, 2, "float32").dtype == jnp.float32 and ours[0].dtype == ours[1].dtype == dtype
     for a, b in zip(ours, exact):
-        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * np.abs(b).max())
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=tolerance * np.abs(b).max())
 
 
 def test_a_step_of_training_lowers_the_loss():

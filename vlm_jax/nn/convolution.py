@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.nn.initializers import initializer
 from vlm_jax.nn.precision import wide
+from vlm_jax.sharding.activations import constrain
 
 LEAST_VARIANCE = 1e-4   # of a kernel's column times its inputs
 
@@ -62,9 +63,12 @@ def convolution(x: Float[Array, "B H W C"], kernel: Float[Array, "h w I O"], str
                 out_dtype: str | None = None) -> Float[Array, "B H/s W/s O"]:
     """The convolution of x with `kernel`, summed in `out_dtype`, with ceil(size / stride) outputs an axis.
 
-    Padding is zeros, divided evenly between both ends; the end has the odd one, as "SAME" says in XLA and TensorFlow.
+    Padding is zeros, divided evenly between both ends; the end has the odd one, as "SAME" says in XLA and TensorFlow. On a mesh every device has the whole
+    kernel and its own pictures.
     """
-    return _kept_sums(x, kernel, stride, groups, out_dtype) if out_dtype not in (None, x.dtype.name) else _convolve(x, kernel, stride, groups)
+    kernel = constrain(kernel, None, None, None, None)
+    out_dtype = None if out_dtype in (None, x.dtype.name) else out_dtype
+    return _convolve(x, kernel, stride, groups) if out_dtype is None and groups == 1 else _with_own_gradient(x, kernel, stride, groups, out_dtype)
 
 
 def _convolve(x, kernel, stride, groups, out_dtype=None):
@@ -73,14 +77,35 @@ def _convolve(x, kernel, stride, groups, out_dtype=None):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _kept_sums(x, kernel, stride, groups, out_dtype):
-    """A convolution of narrow numbers whose sums are kept. Its gradient is rounded before it is multiplied, as that of `linear.product` is."""
+def _with_own_gradient(x, kernel, stride, groups, out_dtype):
+    """One in groups, or of narrow numbers whose sums are kept; its gradient is rounded before it is multiplied, as that of `linear.product` is."""
     return _convolve(x, kernel, stride, groups, out_dtype)
 
 
 def _backward(stride, groups, out_dtype, saved, gradient):
-    _, pull = jax.vjp(lambda x, kernel: _convolve(x, kernel, stride, groups), *saved)
-    return pull(gradient.astype(saved[0].dtype))
+    x, kernel = saved
+    gradient = gradient.astype(x.dtype)
+    if groups == 1:
+        return jax.vjp(lambda x, kernel: _convolve(x, kernel, stride, groups), x, kernel)[1](gradient)
+    return *jax.vjp(lambda x: _convolve(x, kernel, stride, groups), x)[1](gradient), _kernel_gradient(x, gradient, kernel, stride, groups)
 
 
-_kept_sums.defvjp(lambda x, kernel, stride, groups, out_dtype: (_kept_sums(x, kernel, stride, groups, out_dtype), (x, kernel)), _backward)
+_with_own_gradient.defvjp(lambda x, kernel, stride, groups, out_dtype: (_convolve(x, kernel, stride, groups, out_dtype), (x, kernel)), _backward)
+
+
+def _kernel_gradient(x, gradient, kernel, stride, groups):
+    """Of a convolution in groups, as a product for each place of the kernel.
+
+    JAX's own is a convolution that the partitioner of XLA splits wrongly: where devices share pictures (a mesh with a `tensor` or `sequence` axis), it adds
+    the same pictures once for each of them (jax 0.10.2, on CPUs).
+    """
+    height, width, inputs, outputs = kernel.shape
+    (batch, down, across, _), step = gradient.shape, stride
+    pads = lax.padtype_to_pads(x.shape[1:3], (height, width), (stride, stride), "SAME")
+    x = jnp.pad(x.reshape(*x.shape[:3], groups, inputs), ((0, 0), *pads, (0, 0), (0, 0)))
+    gradient = gradient.reshape(batch, down, across, groups, outputs // groups)
+
+    def product(row: int, column: int) -> jax.Array:
+        window = x[:, row:row + step * (down - 1) + 1:step, column:column + step * (across - 1) + 1:step]
+        return jnp.einsum("byxgi,byxgo->igo", window, gradient, preferred_element_type=wide(x.dtype)).reshape(inputs, outputs)
+    return jnp.stack([jnp.stack([product(row, column) for column in range(width)]) for row in range(height)]).astype(kernel.dtype)
