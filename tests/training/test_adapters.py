@@ -207,3 +207,10 @@ def test_a_run_whose_adapters_are_not_its_configs_is_refused(runs):
     broken = {**loaded.params, "extra": np.zeros(3)}
     with pytest.raises(CheckpointError, match="extra"):
         check_parameters(task, broken, "run")
+
+
+def test_convolutions_are_no_linears():
+    table = {"stages_0/blocks/conv_0/kernel": (3, 1, 1, 8, 4), "stages_0/blocks/conv_0/gain": (3, 4), "stem/kernel": (7, 7, 3, 8), "stem/gain": (8,),
+             "stages_0/blocks/squeeze_excite/down/kernel": (3, 8, 4), "stages_0/blocks/squeeze_excite/down/bias": (3, 4)}
+    params = adapters.unflatten({path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in table.items()})
+    assert list(adapters.linears(params)) == ["stages_0/blocks/squeeze_excite/down"]

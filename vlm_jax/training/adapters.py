@@ -78,12 +78,12 @@ class LinearShape:
 
 
 def linears(params: Any) -> dict[str, LinearShape]:
-    """Returns {path: shape} of all `Linear`s of a tree of arrays or shapes."""
+    """Returns {path: shape} of all `Linear`s of a tree of arrays or shapes; convolutions, whose kernels have a `gain`, are none and read no adapter."""
     table, found = flatten(params), {}
     for path, leaf in table.items():
         module, _, name = path.rpartition("/")
         stacked = int(is_stacked(path))
-        if name == "kernel" and leaf.ndim - stacked >= 2:
+        if name == "kernel" and leaf.ndim - stacked >= 2 and f"{module}/gain" not in table:
             bias = table.get(f"{module}/bias")
             split = stacked + input_axes(module, leaf.ndim - stacked, None if bias is None else bias.ndim - stacked)
             found[module] = LinearShape(tuple(leaf.shape[:stacked]), tuple(leaf.shape[stacked:split]), tuple(leaf.shape[split:]))
