@@ -121,7 +121,7 @@ class InterleavedFormat:
         self.end = [*self._end, *self._chunk_end]
         self.image_marker = image_text or None
         self._image_ids = self._read_image_text(image_text)
-        self._read_from = self._read_place(read_from)
+        self.read_from = self._read_place(read_from)
         if join_texts is not None and not isinstance(join_texts, str):
             raise ConfigError(f"processor.format.join_texts is {join_texts!r}; give a text, which may be empty, or None.")
         if share_marks and (len(self._image_ids) < 2 or self._image_ids[0] != self._image_ids[-1]):
@@ -248,7 +248,7 @@ class InterleavedFormat:
         laid = _Laid()
         for number, piece in enumerate(pieces):
             if number:
-                self._add_picture(laid, pictures[number - 1])
+                self._add_picture(laid, pictures[number - 1], number > 1 and not pieces[number - 1])
             laid.add(self._encode(piece, "conversation") if piece else [], 0)
         return self._finish(laid, 0, len(laid.ids), range(len(laid.pictures)), False, begin=False)
 
@@ -325,7 +325,7 @@ class InterleavedFormat:
         shared = int(self.share_marks and beside and laid.ends[-1:] == [len(laid.ids)])
         laid.pictures.append(segment)
         laid.begins.append(len(laid.ids))
-        laid.reads.append(len(laid.ids) + max(self._read_from - shared, 0))
+        laid.reads.append(len(laid.ids) + max(self.read_from - shared, 0))
         laid.add(self._image_ids[shared:], int(self.loss_on_image_text))
         laid.add([self.pad_id] * self.image_tokens, 0)
         laid.ends.append(len(laid.ids))

@@ -166,12 +166,13 @@ def _format(model: Any, shapes: Mapping[str, Any], tokenizer: Any) -> dict[str, 
 def _documents(model: CrossAttentionLM, tokenizer: Any) -> tuple[list[list[Any]], dict[str, Any]]:
     """Text operations and format of interleaved documents, by the tokens that the tokenizer has for them: IDEFICS' fake tokens around a picture, which
     pictures side by side share and whose first is not yet the picture's, or OpenFlamingo's ends of chunks."""
-    marks = dict(kind="interleaved", length=min(getattr(model.parts()[1], "max_positions", None) or LONGEST, LONGEST), pictures=PICTURES,
-                 begin=tokenizer.bos_id is not None, end=tokenizer.eos_id is not None, chunk_end=CHUNK_END if tokenizer.token_id(CHUNK_END) is not None else False)
+    marks = dict(kind="interleaved", length=min(model.parts()[1].max_positions, LONGEST), pictures=PICTURES, begin=tokenizer.bos_id is not None,
+                 end=tokenizer.eos_id is not None, chunk_end=CHUNK_END if tokenizer.token_id(CHUNK_END) is not None else False)
     if tokenizer.token_id(AROUND) is None:
         return [], marks
     between = END_OF_UTTERANCE if tokenizer.token_id(END_OF_UTTERANCE) is not None else ""
-    return [["strip", {"characters": " "}]], {**marks, "image_text": f"{AROUND}<image>{AROUND}", "read_from": "<image>", "share_marks": True, "join_texts": between}
+    around = dict(image_text=f"{AROUND}<image>{AROUND}", read_from="<image>", share_marks=True, join_texts=between)
+    return [["strip", {"characters": " "}]], {**marks, **around}
 
 
 def vocab_size(model: Any) -> int | None:

@@ -17,6 +17,7 @@ from vlm_jax.interop.directory import build, load_directory, save_directory
 from vlm_jax.interop.families import idefics
 from vlm_jax.interop.safetensors import open_folder
 from vlm_jax.language.gated_cross_attention import GatedCrossAttention, gated_block, gated_settings, media_visibility
+from vlm_jax.restore import Loaded
 
 VISION = dict(embed_dim=12, num_attention_heads=3, intermediate_size=20, num_hidden_layers=1, image_size=11, patch_size=5)
 RESAMPLER = dict(resampler_n_latents=3, resampler_depth=2, resampler_n_heads=2, resampler_head_dim=5, qk_layer_norms_perceiver=True)
@@ -134,7 +135,7 @@ def test_there_and_back(saved, tmp_path):
     assert {key: after[key] for key in before if key not in ("transformers_version", "dtype")} == {
         key: value for key, value in before.items() if key not in ("transformers_version", "dtype")}
     # From the settings alone, without the config.json that it came with.
-    save_directory(vlm_jax.restore.Loaded(loaded.model, loaded.params, None, {"model": loaded.config["model"]}, 0), tmp_path / "new")
+    save_directory(Loaded(loaded.model, loaded.params, None, {"model": loaded.config["model"]}, 0), tmp_path / "new")
     for path in (tmp_path / "again", tmp_path / "new"):
         assert equal_trees(load_directory(path).params, loaded.params)
         other, info = type(model).from_pretrained(path, output_loading_info=True)
