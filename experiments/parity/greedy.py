@@ -4,10 +4,12 @@ from typing import Any
 import numpy as np
 
 from experiments.parity.configurations import Configuration
+from experiments.parity.pictures import interleaved_arguments
 from experiments.parity.texts import ENCODERS, SEQ2SEQ
 from vlm_jax.decoding import generate
 from vlm_jax.interop.directory import Imported
 
+ANSWERING = ("idefics",)   # beside the language models: models that read pictures and whose answers are compared
 MARGIN = 1e-4   # of the two likeliest tokens' logits; below it rounding decides
 
 
@@ -25,16 +27,20 @@ def greedy(model: Any, configuration: Configuration, loaded: Imported, inputs: d
     if room < 1:
         return {}
     order = np.argsort(inputs["valid"], axis=1, kind="stable")
-    tokens, valid = (np.take_along_axis(inputs[name], order, axis=1) for name in ("tokens", "valid"))
+    read = {name: np.take_along_axis(value, order, axis=1) if value.ndim == 2 else value for name, value in inputs.items()}
+    prompt = interleaved_arguments(model, configuration, read) if configuration.family in ANSWERING else {
+        "input_ids": torch.tensor(read["tokens"]), "attention_mask": torch.tensor(read["valid"].astype(np.int64))}
     # The reference makes a cache of as many layers as the encoder has, and fails where the decoder has more.
     arguments = {"decoder_start_token_id": 0, "use_cache": False} if configuration.family in SEQ2SEQ else {}
     if configuration.settings.get("sliding_window") == 1:   # the reference's cache keeps all keys then, and its cached answers differ from its uncached ones
         arguments["use_cache"] = False
+    if configuration.family in ANSWERING:
+        model.generation_config.eos_token_id = None
     with torch.no_grad():
-        made = model.generate(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(valid.astype(np.int64)), max_new_tokens=room, do_sample=False,
-                              num_beams=1, pad_token_id=0, return_dict_in_generate=True, output_logits=True, **arguments)
+        made = model.generate(**prompt, max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=0, return_dict_in_generate=True,
+                              output_logits=True, **arguments)
     logits = np.stack([step.numpy() for step in made.logits], axis=1)
     best = np.sort(logits, axis=-1)
     clear = np.cumprod(best[..., -1] - best[..., -2] > MARGIN, axis=1).astype(bool)
-    ours = generate(loaded.model, loaded.params, {"tokens": tokens.astype(np.int32), "valid": valid}, max_tokens=room).tokens
+    ours = generate(loaded.model, loaded.params, {**read, "tokens": read["tokens"].astype(np.int32)}, max_tokens=room).tokens
     return {"greedy_tokens": int(clear.sum()), "greedy_equal": bool((ours == logits.argmax(-1))[clear].all())}

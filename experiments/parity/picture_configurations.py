@@ -123,6 +123,28 @@ def _paligemma2(rng: random.Random, rows: int) -> tuple[Settings, Sizes]:
     return _paligemma(rng, rows, "gemma2")
 
 
+def _idefics(rng: random.Random, rows: int) -> tuple[Settings, Sizes]:
+    """With and without a resampler; gates of one number or one a channel, norms of queries and keys on and off, tied heads, further tokens or none, blocks
+    before every layer or every second or third. The class can run only where that divides the layers. Pictures that need interpolated positions have
+    another grid than the model's: a picture that is not square, but has as many patches, has no grid of its own in ours."""
+    heads, interval = rng.choice([1, 2, 3, 5]), rng.choice([1, 1, 2, 3])
+    image, sizes = _image(rng)
+    while len(set(sizes[0])) > 1 and all(side // image["patch_size"] == image["image_size"] // image["patch_size"] for side in sizes[0]):
+        image, sizes = _image(rng)
+    image |= {"embed_dim": image.pop("hidden_size"), "num_channels": 3}
+    resampled = rng.random() < 0.6
+    if not resampled:
+        sizes = [(image["image_size"],) * 2]
+    resampler = {"resampler_n_latents": rng.randint(1, 7), "resampler_depth": rng.randint(1, 3), "resampler_n_heads": rng.choice([1, 2, 3]),
+                 "resampler_head_dim": rng.randint(3, 9), "qk_layer_norms_perceiver": rng.random() < 0.5, "use_resampler": resampled}
+    return {"vision_config": image, "perceiver_config": resampler, "use_resampler": resampled, "hidden_size": heads * rng.choice([4, 6, 8, 10]),
+            "num_attention_heads": heads, "intermediate_size": rng.randint(9, 61), "num_hidden_layers": interval * rng.randint(1, 2),
+            "cross_layer_interval": interval, "hidden_act": rng.choice(["silu", "silu", "gelu", "relu"]), "rms_norm_eps": rng.choice(EPSILONS),
+            "vocab_size": rng.randrange(31, 120, 2), "additional_vocab_size": rng.choice([0, 2, 2, 3]), "alpha_type": rng.choice(["float", "vector"]),
+            "alpha_initializer": rng.choice(["zeros", "ones"]), "qk_layer_norms": rng.random() < 0.5, "tie_word_embeddings": rng.random() < 0.4,
+            "max_position_embeddings": 128}, sizes
+
+
 FAMILIES: dict[str, tuple[str, str, Callable[[random.Random, int], tuple[Settings, Sizes]]]] = {
     "siglip": ("SiglipModel", "SiglipConfig", _siglip),
     "clip": ("CLIPModel", "CLIPConfig", _clip),
@@ -132,4 +154,5 @@ FAMILIES: dict[str, tuple[str, str, Callable[[random.Random, int], tuple[Setting
     "pix2struct": ("Pix2StructForConditionalGeneration", "Pix2StructConfig", _pix2struct),
     "paligemma": ("PaliGemmaForConditionalGeneration", "PaliGemmaConfig", _paligemma),
     "paligemma2": ("PaliGemmaForConditionalGeneration", "PaliGemmaConfig", _paligemma2),
+    "idefics": ("IdeficsForVisionText2Text", "IdeficsConfig", _idefics),
 }

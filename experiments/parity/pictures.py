@@ -16,8 +16,10 @@ Arrays = dict[str, np.ndarray]
 
 
 def batch(configuration: PictureConfiguration) -> Arrays:
-    """Inputs of ours: `images [B, H, W, C]` (of a text model [B, 1, H, W, C]) or `patches [B, P, 2 + K]`, and the texts beside them."""
+    """Inputs of ours: `images [B, H, W, C]` (of a text model [B, N, H, W, C]) or `patches [B, P, 2 + K]`, and the texts beside them."""
     rng = np.random.default_rng(configuration.seed)
+    if configuration.family == "idefics":
+        return _interleaved(rng, configuration)
     family, settings = configuration.family, configuration.settings
     vision, text = settings.get("vision_config", settings), settings.get("text_config", {})
     if family in ("siglip2", "pix2struct"):
@@ -64,11 +66,38 @@ def _prefixed(rng: np.random.Generator, configuration: PictureConfiguration) -> 
     return {"tokens": np.where(pictured, settings["image_token_index"], tokens), "slots": np.where(pictured, places, -1), "valid": valid, "prefix": prefix}
 
 
+def _interleaved(rng: np.random.Generator, configuration: PictureConfiguration) -> Arrays:
+    """Texts of several lengths with 1 to 4 pictures a row; a row reads none at first, then some of them in order, and every third row none at all."""
+    rows, number = configuration.rows, int(rng.integers(1, 5))
+    total, pictures = configuration.length + 1, rng.normal(size=(configuration.rows, number, *configuration.sizes[0], 3))
+    tokens = rng.integers(0, configuration.settings["vocab_size"] + configuration.settings["additional_vocab_size"], (rows, total))
+    lengths = rng.integers(1, total + 1, rows)
+    lengths[0] = total
+    places = np.arange(total) - (total - lengths[:, None] if configuration.padding == "left" else 0)
+    valid = (places >= 0) & (places < lengths[:, None]) if configuration.padding != "none" else np.ones(tokens.shape, bool)
+    index = np.minimum(np.cumsum(rng.random(tokens.shape) < 0.3, axis=1), number) - 1
+    index[2::3] = -1
+    return {"tokens": tokens, "valid": valid, "media_index": np.where(valid, index, -1), "images": pictures.astype(np.float32)}
+
+
+def interleaved_arguments(model: Any, configuration: PictureConfiguration, inputs: Arrays) -> dict[str, Any]:
+    """What the reference reads of interleaved documents."""
+    import torch
+    number = inputs["images"].shape[1]
+    return {"input_ids": torch.from_numpy(inputs["tokens"]), "attention_mask": torch.from_numpy(inputs["valid"]).long(),
+            "pixel_values": torch.from_numpy(inputs["images"]).permute(0, 1, 4, 2, 3).contiguous().to(model.dtype),
+            "image_attention_mask": torch.from_numpy((inputs["media_index"][..., None] == np.arange(number)).astype(np.int64)),
+            "interpolate_pos_encoding": list(configuration.sizes[0]) != [configuration.settings["vision_config"]["image_size"]] * 2}
+
+
 def run_reference(model: Any, configuration: PictureConfiguration, inputs: Arrays) -> tuple[np.ndarray, ...]:
     """What the reference gives: of two towers the embeddings of pictures and texts and its scale and bias, of a ViT its pooled state or logits, of text
     models the logits that are not padding."""
     import torch
     family = configuration.family
+    if family == "idefics":
+        with torch.no_grad():
+            return (model(**interleaved_arguments(model, configuration, inputs)).logits.float().numpy()[inputs["valid"]],)
     arrays = {name: torch.from_numpy(np.array(value)) for name, value in inputs.items()}
     if "images" in inputs:
         images = arrays["images"].reshape(-1, *arrays["images"].shape[-3:]).permute(0, 3, 1, 2).contiguous()

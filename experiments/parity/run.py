@@ -29,7 +29,7 @@ def main(families: str = "", count: int = COUNT, greedy_count: int = GREEDY_COUN
 
     from experiments.parity.compare import FAMILIES, compare, sample
     from experiments.parity.configurations import FAMILIES as LANGUAGE
-    from experiments.parity.greedy import greedy
+    from experiments.parity.greedy import ANSWERING, greedy
     from experiments.results import write_results
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -41,7 +41,7 @@ def main(families: str = "", count: int = COUNT, greedy_count: int = GREEDY_COUN
         for name in families.split(",") if families else FAMILIES:
             line = done.get((name, seed))
             if line is None:
-                answers = greedy if name in LANGUAGE and seed < greedy_count else None
+                answers = greedy if name in (*LANGUAGE, *ANSWERING) and seed < greedy_count else None
                 with tempfile.TemporaryDirectory() as folder:
                     line = {"family": name, "seed": seed, **compare(sample(name, seed), folder, also=answers)}
                 if notes:

@@ -44,10 +44,11 @@ class Row:
 
 @dataclasses.dataclass
 class _Laid:
-    """A whole document: ids and weights of its tokens, where the mark of each picture begins and ends."""
+    """A whole document: ids and weights of its tokens, where the mark of each picture begins, where it is read from on, and where the mark ends."""
     ids: list[int] = dataclasses.field(default_factory=list)
     weights: list[int] = dataclasses.field(default_factory=list)
     begins: list[int] = dataclasses.field(default_factory=list)
+    reads: list[int] = dataclasses.field(default_factory=list)
     ends: list[int] = dataclasses.field(default_factory=list)
     pictures: list[Segment] = dataclasses.field(default_factory=list)
 
@@ -65,6 +66,10 @@ class InterleavedFormat:
       pictures: pictures N of a row; 0 without image operations.
       frames: None for pictures [N, H, W, 3], F for videos [N, F, H, W, 3]; a picture is then a video that stands still.
       image_text: what stands for a picture: a token of the tokenizer, or plain text where it has none (Flamingo); False for nothing.
+      read_from: the token of image_text from which on the picture is read; None: its first. (IDEFICS: not the token before it.)
+      share_marks: whether pictures side by side share a token: the last of the one's image_text in the place of the first of the other's (IDEFICS).
+      join_texts: what stands between texts side by side that are one text then (IDEFICS: nothing, or a mark), encoded as a text that follows a mark, since
+        some tokenizers begin a text otherwise where it is the first. None: every text is encoded by itself.
       chunk_end: the token that ends a chunk, or False. An answer ends at it.
       begin, end: as of `Format`; the end mark ends a document.
       loss_on_image_text: whether image_text is a target.
@@ -87,7 +92,8 @@ class InterleavedFormat:
     encodes = False
 
     def __init__(self, kind: str, length: int, *, tokenizer: Tokenizer, pad_id: int, image_shape: tuple[int, ...] | None, pictures: int = 0,
-                 frames: int | None = None, image_text: Any = "<image>", chunk_end: Any = "<|endofchunk|>", begin: Any = True, end: Any = True,
+                 frames: int | None = None, image_text: Any = "<image>", read_from: str | None = None, share_marks: bool = False,
+                 join_texts: str | None = None, chunk_end: Any = "<|endofchunk|>", begin: Any = True, end: Any = True,
                  loss_on_image_text: bool = False, loss_before_first_image: bool = True, next_image: float = 0.0, span: str = "start", pack: int = 1,
                  image_tokens: int = 0, vocab_size: int | None = None):
         self.kind, self.length, self.pictures, self.frames, self.packs, self.image_tokens = kind, length, pictures, frames, pack, image_tokens
@@ -115,6 +121,12 @@ class InterleavedFormat:
         self.end = [*self._end, *self._chunk_end]
         self.image_marker = image_text or None
         self._image_ids = self._read_image_text(image_text)
+        self.read_from = self._read_place(read_from)
+        if join_texts is not None and not isinstance(join_texts, str):
+            raise ConfigError(f"processor.format.join_texts is {join_texts!r}; give a text, which may be empty, or None.")
+        if share_marks and (len(self._image_ids) < 2 or self._image_ids[0] != self._image_ids[-1]):
+            raise ConfigError(f"processor.format.share_marks: image_text {image_text!r} does not end in the token that it begins with; set it to False.")
+        self.share_marks, self._join_texts = bool(share_marks), join_texts
         least = len(self._begin) + (len(self._image_ids) + image_tokens if pictures else 0) + 1 + len(self._chunk_end) + len(self._end)
         if least > length:
             raise ConfigError(f"processor.format.length is {length}, but the marks, a picture and a token of text need at least {least}; raise it.")
@@ -131,6 +143,15 @@ class InterleavedFormat:
         if not ids:
             raise ConfigError(f"processor.format.image_text: the tokenizer makes nothing of {value!r}; add it to tokenizer.added, or set another one.")
         return ids
+
+    def _read_place(self, token: Any) -> int:
+        """Returns how many tokens of image_text stand before the one from which on the picture is read."""
+        if token is None:
+            return 0
+        number = self.tokenizer.token_id(token) if isinstance(token, str) else None
+        if number not in self._image_ids:
+            raise ConfigError(f"processor.format.read_from: {token!r} is no token of image_text {self.image_marker!r}; name one of it, or None.")
+        return self._image_ids.index(number)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of one example."""
@@ -227,7 +248,7 @@ class InterleavedFormat:
         laid = _Laid()
         for number, piece in enumerate(pieces):
             if number:
-                self._add_picture(laid, pictures[number - 1])
+                self._add_picture(laid, pictures[number - 1], number > 1 and not pieces[number - 1])
             laid.add(self._encode(piece, "conversation") if piece else [], 0)
         return self._finish(laid, 0, len(laid.ids), range(len(laid.pictures)), False, begin=False)
 
@@ -257,10 +278,11 @@ class InterleavedFormat:
 
     def _lay(self, segments: Sequence[Segment], closed: bool) -> _Laid:
         """Returns the tokens of a document; `closed`: it ends in chunk_end and end mark."""
-        laid, chunk, last = _Laid(), 0, 0      # whether the chunk's, and the document's, last text is a target
-        for segment in segments:
+        laid, chunk, last, before = _Laid(), 0, 0, None      # whether the chunk's, and the document's, last text is a target; the kind before
+        for segment in self._joined(segments):
+            beside, before = before in PICTURES, segment["kind"]
             if segment["kind"] == "text":
-                ids = self._encode(segment["text"], "text") if segment["text"] else []
+                ids = self._encode_text(segment["text"])
                 chunk = last = int(segment["loss"])
                 laid.add(ids, chunk)
             elif segment["kind"] == "chunk_end":
@@ -268,7 +290,7 @@ class InterleavedFormat:
             else:
                 if laid.ids or laid.pictures:
                     self._close(laid, chunk)
-                self._add_picture(laid, segment)
+                self._add_picture(laid, segment, beside)
                 chunk = 0
         if closed:
             self._close(laid, chunk)
@@ -279,10 +301,32 @@ class InterleavedFormat:
         if self._chunk_end and laid.ids[-1:] != self._chunk_end:
             laid.add(self._chunk_end, weight)
 
-    def _add_picture(self, laid: _Laid, segment: Segment) -> None:
+    def _joined(self, segments: Sequence[Segment]) -> list[Segment]:
+        """Returns the segments with texts side by side, both targets or none, as one text, where `join_texts` says so."""
+        result: list[Segment] = []
+        for segment in segments:
+            if self._join_texts is not None and segment["kind"] == "text" and result and result[-1]["kind"] == "text" and result[-1]["loss"] == segment["loss"]:
+                result[-1] = {**segment, "text": result[-1]["text"] + self._join_texts + segment["text"]}
+            else:
+                result.append(segment)
+        return result
+
+    def _encode_text(self, text: str) -> list[int]:
+        if not text:
+            return []
+        if self._join_texts is not None and self._begin:
+            ids = self._encode(self.tokenizer.piece(self._begin[0]) + text, "text")
+            if ids[:1] == self._begin:
+                return ids[1:]
+        return self._encode(text, "text")
+
+    def _add_picture(self, laid: _Laid, segment: Segment, beside: bool = False) -> None:
+        """Adds the mark of a picture; `beside`: another picture stands directly before it."""
+        shared = int(self.share_marks and beside and laid.ends[-1:] == [len(laid.ids)])
         laid.pictures.append(segment)
         laid.begins.append(len(laid.ids))
-        laid.add(self._image_ids, int(self.loss_on_image_text))
+        laid.reads.append(len(laid.ids) + max(self.read_from - shared, 0))
+        laid.add(self._image_ids[shared:], int(self.loss_on_image_text))
         laid.add([self.pad_id] * self.image_tokens, 0)
         laid.ends.append(len(laid.ids))
 
@@ -313,13 +357,13 @@ class InterleavedFormat:
         mark = self._begin if begin else []
         tokens = np.asarray([*mark, *laid.ids[start:stop]], np.int32)
         weights = np.asarray([*[0] * len(mark), *laid.weights[start:stop]], np.float32)
-        begins, ends = (np.asarray(places[kept.start:kept.stop], np.int64) - start + len(mark) for places in (laid.begins, laid.ends))
+        begins, reads, ends = (np.asarray(places[kept.start:kept.stop], np.int64) - start + len(mark) for places in (laid.begins, laid.reads, laid.ends))
         places = np.arange(len(tokens))
         if following:
             media = np.searchsorted(ends, places, side="right")
             media = np.where(media == len(kept), -1, media)
         else:
-            media = np.searchsorted(begins, places, side="right") - 1
+            media = np.searchsorted(reads, places, side="right") - 1
         weights[:1] = 0                       # nothing stands before it that could predict it
         if len(kept) and not self.loss_before_first_image:
             weights[(places < begins[0]) & (media < 0)] = 0

@@ -32,10 +32,11 @@ class Lowercase:
 @register("text", "strip")
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """Drops white space at both ends."""
+    """Drops white space at both ends, or of it `characters` only."""
+    characters: str | None = None
 
     def __call__(self, text: str, rng: np.random.Generator | None = None) -> str:
-        return text.strip()
+        return text.strip(self.characters)
 
 
 @register("text", "nfkc")

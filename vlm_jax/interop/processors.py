@@ -8,6 +8,7 @@ from vlm_jax.data.tokenizers import added_ids, check_vocabulary, load_tokenizer
 from vlm_jax.encoders.text import TextTransformer
 from vlm_jax.errors import CheckpointError, ConfigError
 from vlm_jax.interop.config_reader import MAX_PIXELS, Section, read_config
+from vlm_jax.models.cross_attention_lm import CrossAttentionLM
 from vlm_jax.models.dual_encoder import DualEncoder
 
 # Pillow's numbers of resampling methods, which `resample` holds
@@ -16,6 +17,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {   # what the classes of transformers ass
     "SiglipImageProcessor": dict(size={"height": 224, "width": 224}, resample=3, mean=[0.5] * 3, std=[0.5] * 3, center_crop=False),
     "CLIPImageProcessor": dict(size={"shortest_edge": 224}, resample=3, mean=[0.48145466, 0.4578275, 0.40821073],
                                std=[0.26862954, 0.26130258, 0.27577711], center_crop=True),
+    "IdeficsImageProcessor": dict(size={"height": 224, "width": 224}, resample=3, mean=[0.48145466, 0.4578275, 0.40821073],
+                                  std=[0.26862954, 0.26130258, 0.27577711], center_crop=False),
     "ViTImageProcessor": dict(size={"height": 224, "width": 224}, resample=2, mean=[0.5] * 3, std=[0.5] * 3, center_crop=False),
     "Siglip2ImageProcessor": dict(size=None, resample=2, mean=[0.5] * 3, std=[0.5] * 3, center_crop=False),
     "Pix2StructImageProcessor": dict(size=None, resample=2, mean=None, std=None, center_crop=False),
@@ -25,6 +28,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentenc
                    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 OWN_FILE = "vlm_jax_processor.json"   # of models that were trained here: what the other files cannot express (formats, text operations)
 OTHER_FILES = ("generation_config.json", "chat_template.json", "chat_template.jinja", OWN_FILE)
+AROUND, END_OF_UTTERANCE, CHUNK_END = "<fake_token_around_image>", "<end_of_utterance>", "<|endofchunk|>"
+PICTURES = 8     # of a row of training that a processor made for a directory leaves room for; prompts may have any number
 _VOCABULARIES = TOKENIZER_FILES[:8]
 PROMPT_ROOM, ANSWER_ROOM, LONGEST = 512, 256, 8192   # tokens that a processor made for a directory leaves for prompts and answers
 
@@ -53,7 +58,10 @@ def read_processor(folder: str, model: Any, config: Mapping[str, Any]) -> Proces
         return Processor(image=image, text=_contrastive_text(folder, model, tokenizer))
     if "images" in shapes and not image:
         return None
-    text = [["tokenize", {"tokenizer": tokenizer.to_dict(), "length": 8, "pad_id": _pad(tokenizer, config)}]]
+    text: list[list[Any]] = [["tokenize", {"tokenizer": tokenizer.to_dict(), "length": 8, "pad_id": _pad(tokenizer, config)}]]
+    if isinstance(model, CrossAttentionLM):
+        before, form = _documents(model, tokenizer)
+        return Processor(image=image, text=[*before, *text], format=form)
     return Processor(image=image, text=text, format=_format(model, shapes, tokenizer))
 
 
@@ -77,6 +85,8 @@ def image_operations(folder: str, config: Mapping[str, Any] | None = None) -> li
     if kind == "Siglip2ImageProcessor":
         return [["naflex_patches", dict(max_patches=section.integer("max_num_patches", 256, most=2 ** 16), mean=mean, std=std,
                                         patch_size=section.integer("patch_size", 16, most=MAX_PIXELS), method=RESAMPLE[resample])]]
+    if kind == "IdeficsImageProcessor" and "image_size" in section:     # its older name of the size, which comes first
+        section = Section({**section.values, "size": section.integer("image_size", most=MAX_PIXELS)}, section.where)
     operations: list[list[Any]] = []
     if section.flag("do_resize", True):
         operations.append(_resize(section, default["size"], RESAMPLE[resample]))
@@ -153,14 +163,24 @@ def _format(model: Any, shapes: Mapping[str, Any], tokenizer: Any) -> dict[str, 
     return dict(kind="causal", length=min(limit, LONGEST), begin=tokenizer.bos_id is not None, **end)
 
 
+def _documents(model: CrossAttentionLM, tokenizer: Any) -> tuple[list[list[Any]], dict[str, Any]]:
+    """Text operations and format of interleaved documents, by the tokens that the tokenizer has for them: IDEFICS' fake tokens around a picture, which
+    pictures side by side share and whose first is not yet the picture's, or OpenFlamingo's ends of chunks."""
+    marks = dict(kind="interleaved", length=min(model.parts()[1].max_positions, LONGEST), pictures=PICTURES, begin=tokenizer.bos_id is not None,
+                 end=tokenizer.eos_id is not None, chunk_end=CHUNK_END if tokenizer.token_id(CHUNK_END) is not None else False)
+    if tokenizer.token_id(AROUND) is None:
+        return [], marks
+    between = END_OF_UTTERANCE if tokenizer.token_id(END_OF_UTTERANCE) is not None else ""
+    around = dict(image_text=f"{AROUND}<image>{AROUND}", read_from="<image>", share_marks=True, join_texts=between)
+    return [["strip", {"characters": " "}]], {**marks, **around}
+
+
 def vocab_size(model: Any) -> int | None:
     """How many tokens a model has embeddings for; None without text."""
     if isinstance(model, DualEncoder):
         return model.towers()[1].vocab_size
-    if hasattr(model, "vocab_size"):
-        return model.vocab_size
-    parts = model.parts() if hasattr(model, "parts") else ()
-    return next((part.vocab_size for part in parts if hasattr(part, "vocab_size")), None)
+    parts = (model,) if hasattr(model, "vocab_size") else model.parts() if hasattr(model, "parts") else ()
+    return next((part.vocab_size + getattr(part, "new_tokens", 0) for part in parts if hasattr(part, "vocab_size")), None)
 
 
 def processor_config(processor: Processor) -> dict[str, Any]:

@@ -74,10 +74,14 @@ class CrossAttentionLM(VisionLanguage):
             raise ConfigError(f'model.image_features: "{self.image_features}" is unknown; choose one of {", ".join(FEATURES)}.')
         return image_tower(self, self.patching, pools=True, **given)
 
+    def connector(self) -> PerceiverResampler | None:
+        """The resampler, unbound: what its settings resolve to."""
+        return None if self.resampler is None else self._resampler(parent=None)
+
     def media_tokens(self) -> int:
         """Vectors that the blocks read of one picture of the size that the tower is made for."""
         if self.resampler is not None:
-            return self._resampler(parent=None).num_latents
+            return self.connector().num_latents
         down, across = self.parts()[0].grid()
         return down * across + (self.image_features == "unnormalised_with_class")
 

@@ -37,7 +37,7 @@ def _open_flamingo(language: Settings, every: int) -> Settings:
 
 def _idefics(width: int, depth: int, mlp_dim: int, num_heads: int, norm_eps: float) -> Settings:
     """OpenCLIP's H/14, LLaMA, RMS norms and gated MLPs in the new blocks; queries and keys are normalised there and in the resampler."""
-    image = dict(variant="H/14", image_size=224, pool="cls", patch_bias=False, norm_before=True, activation="gelu", norm_eps=1e-5, resample="bicubic")
+    image = dict(variant="H/14", image_size=224, pool="cls", patch_bias=False, norm_before=True, activation="gelu", norm_eps=1e-5, resample="bicubic_dino")
     language = dict(DECODER["llama-2-7b"], width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads, norm_eps=norm_eps, max_positions=2048, new_tokens=2)
     gated = dict(every=4, num_heads=num_heads, mlp_dim=mlp_dim, norm="rms", norm_eps=norm_eps, norm_media=False, activation="silu", gated=True, qk_norm="rms")
     return dict(image=image, image_features="unnormalised_with_class", language=language, gated=gated,

@@ -9,7 +9,7 @@ import numpy as np
 from vlm_jax.errors import ConfigError
 from vlm_jax.settings import choose
 
-RESAMPLING = {name: name for name in ("bilinear", "bicubic")}
+RESAMPLING = {name: name for name in ("bilinear", "bicubic", "bicubic_dino")}
 
 
 def sincos2d(height: int, width: int, features: int, temperature: float = 10_000.0) -> Float[Array, "N D"]:
@@ -34,7 +34,8 @@ def resample_positions(table: Float[Array, "N D"], old: tuple[int, int], new: tu
 
     Args:
       keep_first: leading rows (of a class token) that are copied.
-      method: "bilinear", antialiased when it shrinks; "bicubic", cubic convolution that is not, as transformers does it.
+      method: "bilinear", antialiased when it shrinks; "bicubic", cubic convolution that is not, as transformers does it; "bicubic_dino", the same with points a
+        little closer together, as DINO's code and transformers' IDEFICS do it: a tenth of a point is added to the new sides.
     Raises:
       ValueError: if the table does not have keep_first + old[0] * old[1] rows.
       ConfigError: for an unknown method.
@@ -47,19 +48,21 @@ def resample_positions(table: Float[Array, "N D"], old: tuple[int, int], new: tu
     if choose(RESAMPLING, method, "resample") == "bilinear":
         resized = jax.image.resize(grid, (*new, grid.shape[-1]), "bilinear", antialias=True)
     else:
-        down, across = (jnp.asarray(cubic_weights(a, b)) for a, b in zip(old, new))
+        more = 0.1 if method == "bicubic_dino" else 0.0
+        down, across = (jnp.asarray(cubic_weights(a, b, more=more)) for a, b in zip(old, new))
         resized = jnp.einsum("ya,xb,abd->yxd", down, across, grid, precision="highest")
     return jnp.concatenate([table[:keep_first], resized.reshape(new[0] * new[1], -1).astype(table.dtype)])
 
 
-def cubic_weights(old: int, new: int, sharpness: float = -0.75) -> Float[np.ndarray, "M N"]:
-    """The matrix that resamples `old` points to `new` by cubic convolution, pixel centres at half integers, the edges repeated.
+def cubic_weights(old: int, new: int, sharpness: float = -0.75, more: float = 0.0) -> Float[np.ndarray, "M N"]:
+    """The matrix that resamples `old` points to `new` by cubic convolution, pixel centres at half integers, the edges repeated; the new ones lie as if there
+    were `more` of them.
 
     Keys, "Cubic Convolution Interpolation" (1981), equation 4 with a = `sharpness`: -0.75 in PyTorch, -0.5 in the paper.
     """
     weights = np.zeros((new, old))
     for row in range(new):
-        centre = (row + 0.5) * old / new - 0.5
+        centre = (row + 0.5) * old / (new + more) - 0.5
         for place in range(math.floor(centre) - 1, math.floor(centre) + 3):
             x = abs(centre - place)
             weight = (sharpness + 2) * x ** 3 - (sharpness + 3) * x ** 2 + 1 if x <= 1 else sharpness * (x ** 3 - 5 * x ** 2 + 8 * x - 4)

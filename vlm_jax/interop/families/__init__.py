@@ -41,6 +41,7 @@ FAMILIES: dict[str, str] = {
     "vit": "vit",
     "paligemma": "paligemma",
     "pix2struct": "pix2struct",
+    "idefics": "idefics",
     "llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "llama", "gemma": "llama", "gemma2": "llama", "gemma3_text": "llama",
     "gpt2": "gpt2", "opt": "opt", "gpt_neox": "gpt_neox", "phi": "phi", "mpt": "mpt",
     "t5": "t5", "mt5": "t5", "umt5": "t5",
@@ -50,7 +51,7 @@ FAMILIES: dict[str, str] = {
 # family of `vlm_jax.registry` -> module that writes its models, where they were not read from such a directory
 WRITERS: dict[str, str] = {
     "siglip": "siglip", "siglip2": "siglip2", "clip": "clip", "vit": "vit", "text": "siglip", "naflex_vit": "siglip2",
-    "paligemma": "paligemma", "pix2struct": "pix2struct",
+    "paligemma": "paligemma", "pix2struct": "pix2struct", "idefics": "idefics",
     "decoder": "decoder", "encoder_decoder": "t5", "bert": "bert",
 }
 
