@@ -183,16 +183,18 @@ class InterleavedFormat:
                                           f"{'that are left ' if row.notes else ''}is a target; give it text with loss, or leave it out.")
         return row
 
-    def prompt(self, segments: Any) -> Row:
+    def prompt(self, segments: Any, begin: bool = True) -> Row:
         """Returns the tokens of a document that a model goes on from: all of it, however long, and neither chunk_end nor end mark behind it.
 
+        Args:
+          begin: False for segments that go on behind others, without the begin mark.
         Raises:
           DataError: as `row`, and prompt_empty where nothing is left to begin from.
         """
         laid = self._lay(self._checked(segments) if segments else [], closed=False)
-        if not laid.ids and not self._begin:
+        if not laid.ids and not (begin and self._begin):
             raise problem("prompt_empty", "prompt: no token is left of it, so there is nothing to begin from; give it words or set format.begin.")
-        return self._finish(laid, 0, len(laid.ids), range(len(laid.pictures)), False)
+        return self._finish(laid, 0, len(laid.ids), range(len(laid.pictures)), False, begin)
 
     def measure(self, segments: Any) -> tuple[int, int]:
         """Returns (tokens, pictures) of a document in training, at most T and N: what a pack needs to have room for."""

@@ -211,11 +211,14 @@ class Processor:
             raise problem(reason_of(error), f"picture {number} of the document: {error}") from None
         return frames[0] if self.format.frames is None else np.stack(frames)
 
-    def document(self, segments: Sequence[Segment]) -> dict[str, np.ndarray]:
-        """Returns the inputs, without a batch axis, of a document of texts and pictures that a model goes on from (`InterleavedFormat.prompt`)."""
+    def document(self, segments: Sequence[Segment], begin: bool = True) -> dict[str, np.ndarray]:
+        """Returns the inputs, without a batch axis, of a document of texts and pictures that a model goes on from (`InterleavedFormat.prompt`).
+
+        `begin` False leaves out the begin mark: segments that go on behind others which end in a `chunk_end`.
+        """
         if not isinstance(self.format, InterleavedFormat):
             raise ConfigError('this processor reads no documents; give it processor.format with kind="interleaved".')
-        row = self.format.prompt(self._prepared(segments))
+        row = self.format.prompt(self._prepared(segments), begin)
         return self.format.inputs(row, [self._pixels(picture, number) for number, picture in enumerate(row.pictures)])
 
     def documents(self, documents: Sequence[Sequence[Segment]]) -> dict[str, np.ndarray]:

@@ -20,6 +20,7 @@ EVALUATORS: dict[str, str] = {
     "captioning": "vlm_jax.evaluation.answering:captioning",
     "vqa": "vlm_jax.evaluation.answering:vqa",
     "grounding": "vlm_jax.evaluation.answering:grounding",
+    "few_shot": "vlm_jax.evaluation.few_shot:few_shot",
 }
 
 

@@ -12,6 +12,7 @@ from vlm_jax import storage
 
 QUERIES = 8
 ANSWERS = 6
+SHOTS = 6
 RIGHT, WRONG, INK, GREY, GRID = "#1a7f37", "#c9ccd1", "#24292f", "#57606a", "#d0d7de"
 
 
@@ -66,6 +67,25 @@ def answered(path: str | os.PathLike, lines: Sequence[Mapping[str, Any]], thumbn
     _save(figure, path)
 
 
+def episodes(path: str | os.PathLike, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Draws a row a question: the last of its `shots`, its `query` (each {"picture", "text"}), and the answer, green where it is right, else with the truth."""
+    number = min(SHOTS, max((len(line["shots"]) for line in lines), default=0))
+    figure, axes = _grid(2 * len(lines), number + 2, widths=[1.2] * (number + 1) + [2.2], heights=[1, 0.42] * len(lines))
+    for row, line in enumerate(lines):
+        shown = line["shots"][-number:] if number else []
+        for column, panel in enumerate([*[None] * (number - len(shown)), *shown, line["query"]]):
+            if panel is None:
+                continue
+            if panel["picture"] is not None:
+                asked = column == number
+                _picture(axes[2 * row][column], panel["picture"], (RIGHT if line["right"] else INK) if asked else WRONG, 3 if asked else 1)
+            axes[2 * row + 1][column].text(0.5, 0.5, "\n".join(textwrap.wrap(panel["text"], 18)[:3]), color=INK, fontsize=7.5, ha="center", va="center",
+                                           transform=axes[2 * row + 1][column].transAxes, parse_math=False)
+        words = [(line["prediction"] or "(nothing)", RIGHT if line["right"] else INK, "bold")]
+        _words(axes[2 * row][number + 1], words + [(line["references"][0], GREY, "normal")] * (not line["right"]))
+    _save(figure, path)
+
+
 def recall_curve(path: str | os.PathLike, ranks: Mapping[str, np.ndarray], answers: int) -> None:
     """Draws recall@k over k, one line a direction."""
     from matplotlib.figure import Figure
@@ -107,10 +127,10 @@ def confusion(path: str | os.PathLike, labels: np.ndarray, answers: np.ndarray, 
     storage.write_whole(path, content.getvalue())
 
 
-def _grid(rows: int, columns: int, widths: Sequence[float]):
+def _grid(rows: int, columns: int, widths: Sequence[float], heights: Sequence[float] | None = None):
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(1.05 * sum(widths), 1.05 * rows), dpi=100, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, width_ratios=widths)
+    figure = Figure(figsize=(1.05 * sum(widths), 1.05 * (rows if heights is None else sum(heights))), dpi=100, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, width_ratios=widths, height_ratios=heights)
     for cell in axes.flat:
         cell.set_axis_off()
     return figure, axes
