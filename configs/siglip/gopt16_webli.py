@@ -16,4 +16,8 @@ from vlm_jax.configs.siglip.recipe import webli
 def get_config(arg=None):
     """Returns the config; `arg` is "variant=full|test,shards=...,tokenizer=...,data_dir=...,class_names=FILE,templates=...,topology=v5e-256,layout=auto"."""
     arg = published_arg(arg, shards="webli-{000000..000999}.tar", tokenizer="gemma.model")
-    return webli("siglip2_gopt16_webli", "siglip2", "g-opt16-256", size=256, length=64, parameters=1_871_393_906, arg=arg, canonical=False)
+    config = webli("siglip2_gopt16_webli", "siglip2", "g-opt16-256", size=256, length=64, parameters=1_871_393_906, arg=arg, canonical=False)
+    if arg.variant != "test":
+        # What 40 blocks keep as their inputs, in float32, is 8 GiB a chip for 128 pairs: half of it at a time (gradient caching, losses/cached.py).
+        config.stages[0]["accumulate"] = dict(micro_batches=2, cached=True)
+    return config
