@@ -12,22 +12,14 @@ Try here: python -m vlm_jax.train --config configs/flamingo/idefics_9b.py:varian
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import CLIP_VALUES
-from vlm_jax.configs.flamingo.recipe import published_arg, recipe
-
-MARK = "<fake_token_around_image><image><fake_token_around_image>"
+from vlm_jax.configs.flamingo.recipe import MARK_IDEFICS, PICTURES_IDEFICS, idefics_streams, published_arg, recipe
 
 
 def get_config(arg=None):
     """Returns the config; `arg` is "variant=full|test,data=FOLDER,tokenizer=...,language=...,vision=...,topology=v5e-256,layout=auto"."""
     arg = published_arg(arg)
-    pages = dict(name="interleaved", path=f"{arg.data}/obelics-*.tar", min_images=1)
-    pairs = dict(name="image_text_order", source=dict(name="tar", path=f"{arg.data}/pairs-*.tar"), text_first=0.0, space=0.0)
-    streams = dict(pages=dict(source=pages, batch_size=512, loss_weight=1.0, format=dict(length=1024, pictures=10)),
-                   pairs=dict(source=pairs, batch_size=512, loss_weight=1.0, format=dict(length=64, pictures=1)))
     config = ml.ConfigDict()
     config.name = "idefics_9b"
-    image = [["decode", {}], ["resize", {"size": 224, "method": "bicubic"}], *CLIP_VALUES]
-    recipe(config, arg, dict(name="idefics", preset="idefics-9b"), parameters=8_900_000_000, topology="v5e-256", streams=streams, steps=200_000,
-           peak=1e-5, warmup=2_000, image=image, schedule="linear", z_loss=1e-3, chunk_end=False, image_text=MARK, new_tokens=2)
+    recipe(config, arg, dict(name="idefics", preset="idefics-9b"), parameters=8_900_000_000, topology="v5e-256", streams=idefics_streams(arg.data),
+           steps=200_000, peak=1e-5, warmup=2_000, image=PICTURES_IDEFICS, schedule="linear", z_loss=1e-3, **MARK_IDEFICS)
     return config

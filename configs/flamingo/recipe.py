@@ -4,7 +4,7 @@ Alayrac et al., "Flamingo" (2022), sections 2.4, 3.1 and appendix B.1; Awadalla 
 """
 import ml_collections as ml
 
-from vlm_jax.configs.common import lay_out, pictures
+from vlm_jax.configs.common import CLIP_VALUES, lay_out, pictures
 from vlm_jax.configs.pali.recipe import loaded_text
 from vlm_jax.training.config import parse_arg
 
@@ -13,6 +13,9 @@ VOCABULARY = 384     # pieces of the tokenizer that the test variants train
 MEAN = [124, 116, 104]
 # Section 3.1.1: 320 pixels, the aspect ratio kept by padding with the mean colour, flips.
 PICTURES_320 = [["decode", {}], ["pad_to_square", {"color": MEAN}], *pictures(320)[1:]]
+# IDEFICS: squares whatever the aspect ratio; a picture's mark stands between two further tokens, and ends no chunk.
+PICTURES_IDEFICS = [["decode", {}], ["resize", {"size": 224, "method": "bicubic"}], *CLIP_VALUES]
+MARK_IDEFICS = dict(image_text="<fake_token_around_image><image><fake_token_around_image>", chunk_end=False, new_tokens=2)
 # What the papers train, tower and language model being frozen; no weight decay but on the gated blocks (appendix B.1.2).
 TRAINED = [(r"gated/.*", {}), (r"resampler/.*", {"weight_decay": 0.0}), (r"language/new_.*", {"weight_decay": 0.0}), (r".*", None)]
 
@@ -33,6 +36,14 @@ def published_streams(folder: str) -> dict:
                 ltip=dict(source=pairs("ltip", 0.5), batch_size=512, loss_weight=0.2, format=dict(length=64, pictures=1)),
                 vtp=dict(source=dict(name="interleaved", path=f"{folder}/vtp-*.tar"), batch_size=64, loss_weight=0.03,
                          format=dict(length=32, pictures=1, frames=8)))
+
+
+def idefics_streams(folder: str) -> dict:
+    """Pages of OBELICS and pairs; their shares are chosen here."""
+    pairs = dict(name="image_text_order", source=dict(name="tar", path=f"{folder}/pairs-*.tar"), text_first=0.0, space=0.0)
+    return dict(pages=dict(source=dict(name="interleaved", path=f"{folder}/obelics-*.tar", min_images=1), batch_size=512, loss_weight=1.0,
+                           format=dict(length=1024, pictures=10)),
+                pairs=dict(source=pairs, batch_size=512, loss_weight=1.0, format=dict(length=64, pictures=1)))
 
 
 def drawn_streams(size: int) -> dict:
