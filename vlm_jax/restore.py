@@ -39,20 +39,28 @@ class Loaded:
 
 
 def load(path: str | os.PathLike, step: int | None = None, *, dtype: str | None = None, mesh: Any = None,
-         sharding: Sequence[tuple[str, str]] | None = None) -> Loaded:
-    """Loads a run, a directory in the Hugging Face layout (config.json with a model_type, safetensors, tokenizer and processor files), or an .npz of
-    big_vision (SigLIP, PaliGemma), which has no processor.
+         sharding: Sequence[tuple[str, str]] | None = None, language: str | os.PathLike | None = None, vision: str | os.PathLike | None = None) -> Loaded:
+    """Loads a run, a directory in the Hugging Face layout (config.json with a model_type, safetensors, tokenizer and processor files), an .npz of
+    big_vision (SigLIP, PaliGemma), which has no processor, or OpenFlamingo's state dict as .safetensors with the directories of its language model and CLIP.
 
     Args:
       path: the workdir, directory or file.
       step: of a run; None is the newest checkpoint that verifies.
       dtype, mesh, sharding: of a directory or file, see `interop.load_directory`: what its parameters become and where they go.
+      language, vision: of OpenFlamingo, see `interop.open_flamingo.load_open_flamingo`.
     Raises:
       CheckpointError: if there is nothing to load, or its data is damaged or does not fit.
       ConfigError: for a directory whose config.json cannot be used, or an argument that is for the other kind of folder.
     """
     from vlm_jax.interop.config_reader import is_directory
     path = os.path.expanduser(os.fspath(path))
+    if language is not None or vision is not None or path.endswith(".safetensors"):
+        from vlm_jax.interop.open_flamingo import load_open_flamingo
+        if language is None or vision is None or step is not None:
+            raise ConfigError(f"{path}: a state dict of OpenFlamingo is loaded with language=DIR and vision=DIR, and has no steps; a directory with "
+                              "config.json is loaded by its own path.")
+        imported = load_open_flamingo(path, language, vision, dtype, mesh, sharding)
+        return Loaded(imported.model, imported.params, imported.processor, imported.config, 0, imported.files)
     if is_directory(path) or path.endswith(".npz"):
         from vlm_jax.interop.directory import load_directory, load_npz
         if step is not None:

@@ -30,7 +30,7 @@ OWN_FILE = "vlm_jax_processor.json"   # of models that were trained here: what t
 OTHER_FILES = ("generation_config.json", "chat_template.json", "chat_template.jinja", OWN_FILE)
 AROUND, END_OF_UTTERANCE, CHUNK_END = "<fake_token_around_image>", "<end_of_utterance>", "<|endofchunk|>"
 PICTURES = 8     # of a row of training that a processor made for a directory leaves room for; prompts may have any number
-_VOCABULARIES = TOKENIZER_FILES[:8]
+VOCABULARIES = TOKENIZER_FILES[:8]
 PROMPT_ROOM, ANSWER_ROOM, LONGEST = 512, 256, 8192   # tokens that a processor made for a directory leaves for prompts and answers
 
 
@@ -50,7 +50,7 @@ def read_processor(folder: str, model: Any, config: Mapping[str, Any]) -> Proces
         return processor
     shapes = model.input_shapes()
     image = image_operations(folder, config) if {"image", "images", "patches"} & set(shapes) else []
-    if not ({"tokens", "targets"} & set(shapes)) or not any(os.path.isfile(os.path.join(folder, name)) for name in _VOCABULARIES):
+    if not ({"tokens", "targets"} & set(shapes)) or not any(os.path.isfile(os.path.join(folder, name)) for name in VOCABULARIES):
         return Processor(image=image) if image else None
     vocabulary = vocab_size(model)
     tokenizer = load_tokenizer({"path": folder}, vocab_size=vocabulary)
@@ -60,7 +60,7 @@ def read_processor(folder: str, model: Any, config: Mapping[str, Any]) -> Proces
         return None
     text: list[list[Any]] = [["tokenize", {"tokenizer": tokenizer.to_dict(), "length": 8, "pad_id": _pad(tokenizer, config)}]]
     if isinstance(model, CrossAttentionLM):
-        before, form = _documents(model, tokenizer)
+        before, form = documents_format(model, tokenizer)
         return Processor(image=image, text=[*before, *text], format=form)
     return Processor(image=image, text=text, format=_format(model, shapes, tokenizer))
 
@@ -163,7 +163,7 @@ def _format(model: Any, shapes: Mapping[str, Any], tokenizer: Any) -> dict[str, 
     return dict(kind="causal", length=min(limit, LONGEST), begin=tokenizer.bos_id is not None, **end)
 
 
-def _documents(model: CrossAttentionLM, tokenizer: Any) -> tuple[list[list[Any]], dict[str, Any]]:
+def documents_format(model: CrossAttentionLM, tokenizer: Any) -> tuple[list[list[Any]], dict[str, Any]]:
     """Text operations and format of interleaved documents, by the tokens that the tokenizer has for them: IDEFICS' fake tokens around a picture, which
     pictures side by side share and whose first is not yet the picture's, or OpenFlamingo's ends of chunks."""
     marks = dict(kind="interleaved", length=min(model.parts()[1].max_positions, LONGEST), pictures=PICTURES, begin=tokenizer.bos_id is not None,
