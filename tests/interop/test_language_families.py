@@ -97,6 +97,10 @@ def said(model):
 def test_published_sizes_can_be_written(name, presets):
     for preset in presets:
         model = registry.build(name, preset)
+        if preset == "mpt-1b":    # transformers has no class for it
+            with pytest.raises(ConfigError, match="qk_norm_whole=True"):
+                families.writer(name, model).to_config(model)
+            continue
         written = as_read(families.writer(name, model).to_config(model))
         again = build(families.family(written["model_type"]).to_settings(written))
         again = again.clone(tied=model.tied) if name == "encoder_decoder" else again      # whether T5 has a head of its own is said by the tensors

@@ -14,7 +14,7 @@ COUNTS = {
     ("decoder", "gemma-2b"): 2_506_172_416, ("decoder", "gemma2-9b"): 9_241_705_984, ("decoder", "gemma3-270m"): 268_098_176,
     ("decoder", "gemma3-1b"): 999_885_952, ("decoder", "gpt2"): 124_439_808, ("decoder", "gpt2-xl"): 1_557_611_200, ("decoder", "opt-125m"): 125_239_296,
     ("decoder", "opt-350m"): 331_196_416, ("decoder", "pythia-70m"): 70_426_624, ("decoder", "pythia-6.9b"): 6_857_302_016,
-    ("decoder", "phi-2"): 2_779_683_840, ("decoder", "mpt-7b"): 6_649_286_656,
+    ("decoder", "phi-2"): 2_779_683_840, ("decoder", "mpt-7b"): 6_649_286_656, ("decoder", "mpt-1b"): 1_311_311_872,
     ("encoder_decoder", "t5-small"): 60_506_624, ("encoder_decoder", "t5-v1.1-base"): 247_577_856, ("encoder_decoder", "flan-t5-xxl"): 11_135_332_352,
     ("encoder_decoder", "mt5-small"): 300_176_768, ("bert", "bert-base-uncased"): 109_482_240, ("bert", "bert-large-cased"): 333_579_264,
 }

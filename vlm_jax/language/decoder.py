@@ -42,7 +42,7 @@ class Decoder(nn.Module):
       biases: names of the kernels that have one, of `KERNELS`.
       positions: "rope" (see `rope`), "learned" (a table of max_positions + position_offset rows; position p is row p + position_offset), "alibi" or "none".
       rope: settings of `nn.rotary`: theta, fraction (of each head that is rotated), scaling, and local_theta, local_scaling of the layers in a window.
-      qk_norm: None, or the kind of norm that queries and keys pass head by head.
+      qk_norm: None, or the kind of norm that queries and keys pass head by head; with `qk_norm_whole` all heads together (MPT-1B).
       attention_scale: of the products of queries and keys, head_dim^-1/2 unless given; a tuple has one for each layer.
       attention_soft_cap, logits_soft_cap: c makes c tanh(x / c) of them.
       clip_qkv: queries, keys and values are cut to [-clip_qkv, clip_qkv].
@@ -76,6 +76,7 @@ class Decoder(nn.Module):
     position_offset: int = 0
     rope: Mapping[str, Any] | None = None
     qk_norm: str | None = None
+    qk_norm_whole: bool = False
     attention_scale: float | tuple[float, ...] | None = None
     attention_soft_cap: float | None = None
     logits_soft_cap: float | None = None

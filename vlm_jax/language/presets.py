@@ -114,6 +114,8 @@ DECODER: dict[str, Preset] = {
     "phi-2": dict(_sizes(2560, 32, 10_240, 32), vocab_size=51_200, norm="layer", norm_eps=1e-5, parallel=True, shared_norm=True, activation="gelu_tanh",
                   gated=False, biases=(*_ALL, "head"), rope=dict(fraction=0.4), max_positions=2048, tied=False),
     # MosaicML (2023): ALiBi, nothing has a bias.
+    "mpt-1b": dict(_sizes(2048, 24, 8192, 16), vocab_size=50_368, norm="layer_no_bias", norm_eps=1e-5, activation="gelu", gated=False, positions="alibi",
+                   max_positions=2048, tied=True, qk_norm="layer_no_bias", qk_norm_whole=True),
     "mpt-7b": dict(_sizes(4096, 32, 16_384, 32), vocab_size=50_432, norm="layer_no_bias", norm_eps=1e-5, activation="gelu", gated=False, positions="alibi",
                    max_positions=2048, tied=True),
 }

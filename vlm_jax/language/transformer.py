@@ -54,6 +54,7 @@ class BlockSettings:
     gated: bool = True
     biases: tuple[str, ...] = ()
     qk_norm: str | None = None
+    qk_norm_whole: bool = False
     attention_scale: float | tuple[float, ...] | None = None
     attention_soft_cap: float | None = None
     clip_qkv: float | None = None
@@ -106,7 +107,7 @@ class BlockSettings:
 
 
 class LanguageAttention(nn.Module):
-    """Attention with grouped queries: `query [D, H, K]`, `key`, `value [D, G, K]`, `out [H, K, D]`, and `query_norm`, `key_norm` over a head.
+    """Attention with grouped queries: `query [D, H, K]`, `key`, `value [D, G, K]`, `out [H, K, D]`, and `query_norm`, `key_norm` over a head, or over all.
 
     Attributes:
       biases: names of the kernels that have one.
@@ -138,7 +139,9 @@ class LanguageAttention(nn.Module):
 
         def finished(name: str, y: Array) -> Array:
             # Rounded once, after norm, rotation and factor.
-            y = y if s.qk_norm is None else norm(s.qk_norm, s.norm_eps, dtype=wide(s.dtype), param_dtype=s.param_dtype, name=name)(y)
+            if s.qk_norm is not None:
+                heads = y.reshape(*y.shape[:-2], -1) if s.qk_norm_whole else y
+                y = norm(s.qk_norm, s.norm_eps, dtype=wide(s.dtype), param_dtype=s.param_dtype, name=name)(heads).reshape(y.shape)
             y = y if rotation is None else apply_rotary(y, *rotation)
             return checkpoint_name(y.astype(s.dtype), "qkv")
 

@@ -65,6 +65,7 @@ FLAMINGO: dict[str, Settings] = {
 OPEN_FLAMINGO: dict[str, Settings] = {
     "test": dict(_open_flamingo(dict(DECODER["mpt-7b"], width=32, depth=3, mlp_dim=64, num_heads=4, vocab_size=512), 2),
                  image=dict(_CLIP_L14, image_size=24, patch_size=8, width=32, depth=1, mlp_dim=64, num_heads=2, variant=None)),
+    "openflamingo-3b": _open_flamingo(DECODER["mpt-1b"], 1),
     "openflamingo-4b": _open_flamingo(dict(DECODER["pythia-2.8b"], vocab_size=50_432, parallel=False, rope=dict(fraction=1.0)), 2),
     "openflamingo-9b": _open_flamingo(DECODER["mpt-7b"], 4),
 }

@@ -231,3 +231,46 @@ def test_files_that_cannot_be(tmp_path):
         load(state, vision="language")
     with pytest.raises(ConfigError, match="language=DIR and vision=DIR"):
         vlm_jax.load(tmp_path / "checkpoint.safetensors")
+
+
+class Normed(nn.Module):
+    """Queries, keys and values of MPT-1B: queries and keys are normalised over all heads together."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.q_ln, self.k_ln = inner, nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH, bias=False)
+
+    def forward(self, x):
+        query, key, value = self.inner(x).chunk(3, -1)
+        return torch.cat([self.q_ln(query), self.k_ln(key), value], -1)
+
+
+def test_the_language_model_of_the_smallest(tmp_path):
+    """MPT-1B under its own names; transformers has no class for it."""
+    torch.manual_seed(0)
+    model = language_model("mpt")
+    for block in model.transformer.blocks:
+        block.attn.Wqkv = Normed(block.attn.Wqkv)
+    perturb(model, 1, 0.2)
+    state = {}
+    for name, value in model.state_dict().items():
+        for old, new in ((".norm_", ".ln_"), (".ffn.up_proj", ".mlp.mlp_up"), (".ffn.down_proj", ".mlp.mlp_down"), ("Wqkv.inner.", "Wqkv."), ("Wqkv.q_", "q_"),
+                         ("Wqkv.k_", "k_")):
+            name = name.replace(old, new)
+        state |= {} if name == "lm_head.weight" else {name: value.clone()}
+    save_file(state, tmp_path / "model.safetensors")
+    config = dict(model_type="mosaic_gpt", d_model=WIDTH, n_heads=4, n_layers=DEPTH, vocab_size=VOCABULARY, max_seq_len=64, mlp_ratio=4, alibi=True,
+                  alibi_bias_max=8, attn_qk_ln=True, attn_clip_qkv=None, softmax_scale=None, no_bias=True, low_precision_layernorm=True)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = vlm_jax.load(tmp_path)
+    tokens = np.minimum(TOKENS, VOCABULARY - 1)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens), attention_mask=torch.from_numpy(VALID).long()).logits.numpy()[VALID]
+    logits, _ = jax.jit(loaded.model.apply)({"params": loaded.params}, {"tokens": tokens, "valid": VALID})
+    assert relative_error(np.asarray(logits)[VALID], expected) <= FLOAT32_MODEL
+    assert loaded.params["blocks"]["attention"]["query_norm"]["scale"].shape == (DEPTH, WIDTH)
+    with pytest.raises(ConfigError, match="qk_norm_whole=True cannot be written as mpt"):
+        vlm_jax.save(loaded, tmp_path / "again")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "alibi": False}))
+    with pytest.raises(ConfigError, match="alibi: False is not supported"):
+        vlm_jax.load(tmp_path)

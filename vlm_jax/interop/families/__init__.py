@@ -43,7 +43,7 @@ FAMILIES: dict[str, str] = {
     "pix2struct": "pix2struct",
     "idefics": "idefics",
     "llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "llama", "gemma": "llama", "gemma2": "llama", "gemma3_text": "llama",
-    "gpt2": "gpt2", "opt": "opt", "gpt_neox": "gpt_neox", "phi": "phi", "mpt": "mpt",
+    "gpt2": "gpt2", "opt": "opt", "gpt_neox": "gpt_neox", "phi": "phi", "mpt": "mpt", "mosaic_gpt": "mpt",
     "t5": "t5", "mt5": "t5", "umt5": "t5",
     "bert": "bert",
 }

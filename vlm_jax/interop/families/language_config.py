@@ -199,8 +199,8 @@ def refuse(model: Any, family: str, **supported: Any) -> None:
     Raises:
       ConfigError: naming the setting, its value and what the family has.
     """
-    for key, value in supported.items():
-        found = getattr(model, key)
+    for key, value in {"qk_norm_whole": [False, None], **supported}.items():
+        found = getattr(model, key, None)
         allowed = value if isinstance(value, list) else [value]
         if not any(_same(found, one) for one in allowed):
             raise ConfigError(f"a model with {key}={found!r} cannot be written as {family}, which has {' or '.join(map(repr, allowed))}.")

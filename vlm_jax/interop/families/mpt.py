@@ -2,6 +2,9 @@
 
 transformers computes this whatever config.json says of no_bias, learned_pos_emb, expansion_ratio, attn_type, qk_ln, attn_uses_sequence_id and norm_type;
 weights of a model that is otherwise do not fit the table. What no weight would show (alibi, alibi_bias_max, prefix_lm, logit_scale) is refused.
+
+mosaic_gpt, the first of them (MPT-1B, which no class of transformers reads), says attention's settings without a section, calls some parts otherwise, and may
+normalise queries and keys over all heads together. It is read, and not written.
 """
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +22,14 @@ def to_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ConfigError: naming a field that is missing, out of range, or says what is not computed here.
     """
-    section = common.checked(config, ("mpt",))
+    section = common.checked(config, ("mpt", "mosaic_gpt"))
+    if section.text("model_type") == "mosaic_gpt":
+        section.require("mlp_ratio", 4, 4, "an MLP of four widths is computed here")
+        attention = {key: section.values.get(f"attn_{key}" if key == "clip_qkv" else key) for key in
+                     ("alibi", "alibi_bias_max", "prefix_lm", "clip_qkv", "softmax_scale")}
+        whole = section.flag("attn_qk_ln", False)
+        settings = to_settings({**config, "model_type": "mpt", "attn_config": {**attention, "alibi": bool(attention["alibi"])}})
+        return {**settings, **({"qk_norm": "layer_no_bias", "qk_norm_whole": True} if whole else {})}
     size = common.sizes(section, {"width": "d_model", "depth": "n_layers", "num_heads": "n_heads"})
     common.dividing_heads(section, size["width"], size["num_heads"], "n_heads")
     attention = section.section("attn_config", {})
@@ -57,14 +67,17 @@ def to_config(model: Any) -> dict[str, Any]:
 def rows(model: Any) -> Rows:
     """The weight table."""
     heads, block = model.num_heads, "transformer.blocks.{i}."
+    normed = ("query", "key") if model.qk_norm_whole else ()
     return [
         Row("transformer.wte.weight", "token_embedding"), Row("transformer.norm_f.weight", "norm/scale"),
         Row(block + "norm_1.weight", "blocks/norm_attention/scale"), Row(block + "norm_2.weight", "blocks/norm_mlp/scale"),
         Row(block + "attn.Wqkv.weight", tuple(f"blocks/attention/{part}/kernel" for part in common.ATTENTION), qkv(heads, model.width // heads)),
         Row(block + "attn.out_proj.weight", "blocks/attention/out/kernel", heads_in(heads)),
         Row(block + "ffn.up_proj.weight", "blocks/mlp/up/kernel", linear), Row(block + "ffn.down_proj.weight", "blocks/mlp/down/kernel", linear),
+        *(Row(f"{block}attn.{name[0]}_ln.weight", f"blocks/attention/{name}_norm/scale") for name in normed),
         Tied("lm_head.weight", "transformer.wte.weight") if model.tied else Row("lm_head.weight", "head/kernel", linear),
     ]
 
 
-FAMILY = Family(("mpt",), to_settings, to_config, rows, prefix="transformer.")
+FAMILY = Family(("mpt", "mosaic_gpt"), to_settings, to_config, rows, prefix="transformer.", renames=(
+    (r"(^|\.)ln_([12f])\.", r"\1norm_\2."), (r"\.mlp\.mlp_(up|down)\.", r".ffn.\1_proj.")))
