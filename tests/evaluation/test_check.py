@@ -20,6 +20,8 @@ SHAPES = dict(name="shapes", split="validation", size=16, limit=3)
     (dict(evaluator="zero_shot", source=SHAPES, templates=["a photo"]), ConfigError, "must hold {} once"),
     (dict(evaluator="zero_shot", source=SHAPES, class_names=["cat", "dog"]), ConfigError, "2 names, but .*100 classes"),
     (dict(evaluator="zero_shot", source=SHAPES, class_names="missing/data.noun"), ConfigError, "class_names missing/data.noun"),
+    (dict(evaluator="few_shot", source=SHAPES, support=dict(name="shaps")), ConfigError, "evaluations.mine.support.name"),
+    (dict(evaluator="few_shot", source=SHAPES, choice="fixed"), ConfigError, "support; name its source"),
 ])
 def test_mistakes_are_found(settings, error, message):
     with pytest.raises(error, match=message):

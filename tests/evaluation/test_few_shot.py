@@ -11,6 +11,7 @@ from tests.models.generative import parameter_shapes
 from tests.models.test_cross_attention_lm import perturbed
 from vlm_jax.data.documents import image_segment, text_segment
 from vlm_jax.data.processor import Processor
+from vlm_jax.data.sources import build_source
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.evaluation import evaluate, few_shot as module
 from vlm_jax.evaluation.few_shot import score, score_predictions
@@ -115,7 +116,6 @@ def test_every_query_once_behind_its_own_examples(monkeypatch, tmp_path):
     assert len(stub.batches) == 9 and {batch["images"].shape for batch in stub.batches[6:]} == {(2, 5, 8, 8, 3)}     # four pictures and the question's
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [(line["shots"], line["index"]) for line in lines] == [(number, index) for number in (0, 1, 4) for index in range(5)]
-    from vlm_jax.data.sources import build_source
     record = build_source(EPISODES)[1]
     words = [example[-1]["text"] for example in record["support"]]
     shots = [n for word in words for n in ids(MARK, "this is a", word, CHUNK)]
@@ -165,6 +165,24 @@ def test_retrieved_examples_and_written_answers(tmp_path):
     features = Features(None, made)([np.full((8, 8, 3), n, np.uint8) for n in (0, 250, 0)])
     assert features.shape == (3, 8) and np.allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
     assert (features @ features[0])[2] > 0.99999 > (features @ features[0])[1]
+
+
+def test_features_of_another_run_choose_the_examples(monkeypatch, tmp_path):
+    """A run whose features are the mean colour, without the background: the last example is the picture of the most similar colour."""
+    def mean(variables, batch, method):
+        return None, {"pooled": (batch * (batch.min(-1, keepdims=True) < 0)).mean((1, 2))}
+    dual = types.SimpleNamespace(encode_image=None, embed_dim=3, apply=mean)
+    monkeypatch.setattr("vlm_jax.load", lambda path: types.SimpleNamespace(model=dual, params={}, processor=PROCESSOR), raising=False)
+    stub = Stub(monkeypatch)
+    evaluate("it", dict(evaluator="few_shot", source=QUERIES, support=SUPPORT, shots=3, choice="rices", features="runs/siglip"), stub.generator, tmp_path)
+    pictures = [batch["images"][row] for batch in stub.batches for row in range(2)][:5]
+    features = Features("runs/siglip", stub.generator)
+    pool = features([record["image"] for record in build_source(SUPPORT)])
+    raw = [PROCESSOR.image(record["image"]) for record in build_source(SUPPORT)]
+    for asked, shown in zip(features([record["image"] for record in build_source(QUERIES)]), pictures):
+        order = np.argsort(-(pool @ asked), kind="stable")[:3]
+        for place, number in enumerate(order[::-1]):
+            np.testing.assert_array_equal(shown[place], raw[number])
 
 
 def test_scores_from_lines():

@@ -47,7 +47,7 @@ from configs.flamingo import shapes
 def get_config(arg=None):
     """Two steps of a tiny Frozen, on the data of the small Flamingo."""
     config = shapes.get_config("variant=test")
-    config.model = dict(name="frozen", preset="test", language=dict(vocab_size=config.model.language.vocab_size))
+    config.model = dict(name="frozen", preset="test", language=dict(vocab_size=shapes.VOCABULARY + 3))
     config.processor.format = dict(config.processor.format, length=96, image_text=False, chunk_end=False, image_tokens=2)
     stage = config.stages[2]
     del stage["init_from"]

@@ -59,6 +59,10 @@ def check(evaluations: Mapping[str, Mapping[str, Any]]) -> None:
         call(wraps(evaluator)(lambda **_: None), settings, where, predictor=None, folder=None)
         try:
             source = build_source(settings["source"], f"{where}.source")
+            if settings.get("support") is not None:
+                build_source(settings["support"], f"{where}.support")
+            if evaluator.__name__ == "few_shot":
+                import_module(evaluator.__module__).check_settings(**settings)
             if evaluator.__name__ == "zero_shot":
                 read_templates(settings.get("templates", ("{}",)))
                 read_class_names(settings.get("class_names"), getattr(source, "class_names", None), source.name)

@@ -16,10 +16,22 @@ from vlm_jax.errors import ConfigError, DataError, did_you_mean
 from vlm_jax.evaluation import metrics as text_metrics, pictures, records
 from vlm_jax.evaluation.generator import generator_of
 from vlm_jax.evaluation.likelihood import NORMALIZERS, rank
-from vlm_jax.evaluation.shots import Chooser, Example, Features, Layout, context, first_picture, pictures_of, shuffled_pictures, without_pictures
+from vlm_jax.evaluation.shots import (
+    Chooser,
+    Example,
+    Features,
+    Layout,
+    check_template,
+    context,
+    first_picture,
+    pictures_of,
+    shuffled_pictures,
+    without_pictures,
+)
 from vlm_jax.settings import choose, plain
 
 CHOICES, METHODS, ZERO_SHOT = ("random", "fixed", "rices"), ("rank", "generate"), ("text_examples", "none")
+SHOTS = (0, 4, 8, 16, 32)
 TEXT_EXAMPLES = 2      # stand, without their pictures, before a question without shots
 
 
@@ -37,7 +49,7 @@ class Query:
 
 
 def few_shot(predictor: Any, folder: str | os.PathLike, source: Mapping[str, Any], support: Mapping[str, Any] | None = None,
-             shots: Sequence[int] = (0, 4, 8, 16, 32), choice: str = "random", method: str = "rank", candidates: Sequence[str] | None = None,
+             shots: Sequence[int] = SHOTS, choice: str = "random", method: str = "rank", candidates: Sequence[str] | None = None,
              template: str = "plain", zero_shot: str = "text_examples", permutations: int = 1, repeats: int = 1, normalize: str = "sum",
              metrics: Sequence[str] = (), beams: int = 1, max_tokens: int = 16, images: bool = True, shuffled: bool = False,
              features: str | os.PathLike | None = None, seed: int = 0, batch_size: int | None = None) -> dict[str, float]:
@@ -70,10 +82,7 @@ def few_shot(predictor: Any, folder: str | os.PathLike, source: Mapping[str, Any
     Raises:
       ConfigError: for settings that exclude each other. DataError: for a record that cannot be asked, or too few examples.
     """
-    shots = _checked(shots, choice, method, zero_shot, permutations, repeats, beams, metrics, support)
-    choose(NORMALIZERS, normalize, "normalize")
-    if features is not None and choice != "rices":
-        raise ConfigError('features are what choice="rices" compares; leave them out, or choose that.')
+    shots = check_settings(support, shots, choice, method, template, zero_shot, permutations, repeats, normalize, metrics, beams, features)
     generator = generator_of(predictor, batch_size)
     if not isinstance(getattr(generator.processor, "format", None), InterleavedFormat):
         raise ConfigError('few_shot: examples and question are one document, so the processor needs a format with kind="interleaved".')
@@ -113,6 +122,37 @@ def few_shot(predictor: Any, folder: str | os.PathLike, source: Mapping[str, Any
                 {**line, "right": _value(line) == 1, "shots": [_panel(example) for example in examples], "query": _panel(query)}
                 for line, query, examples in zip(last, asked, shown)])
     return found
+
+
+def check_settings(support: Any = None, shots: Any = SHOTS, choice: str = "random", method: str = "rank", template: str = "plain",
+                   zero_shot: str = "text_examples", permutations: int = 1, repeats: int = 1, normalize: str = "sum", metrics: Sequence[str] = (),
+                   beams: int = 1, features: Any = None, **others: Any) -> list[int]:
+    """Returns the numbers of shots of the settings of `few_shot`, after all that can be wrong without data or model.
+
+    Raises:
+      ConfigError: for an unknown name, a number out of range, or settings that exclude each other.
+    """
+    for name, value, known in (("choice", choice, CHOICES), ("method", method, METHODS), ("zero_shot", zero_shot, ZERO_SHOT),
+                               ("normalize", normalize, NORMALIZERS)):
+        choose(dict.fromkeys(known), value, name)
+    check_template(template)
+    shots = [shots] if isinstance(shots, int) else list(shots)
+    if not shots or any(isinstance(number, bool) or not isinstance(number, int) or number < 0 for number in shots):
+        raise ConfigError(f"shots is {shots!r}; give numbers of examples such as [0, 4, 8].")
+    for name, value in (("permutations", permutations), ("repeats", repeats), ("beams", beams)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} is {value!r}; give a number of at least 1.")
+    for setting, value, other in (("permutations", permutations > 1, "rank"), ("beams", beams > 1, "generate"), ("metrics", bool(metrics), "generate")):
+        if value and method != other:
+            raise ConfigError(f'{setting} is of method="{other}"; leave it out, or choose that method.')
+    for name in metrics:
+        if name not in text_metrics.ANSWER_METRICS:
+            raise ConfigError(f'metrics: "{name}" is unknown.{did_you_mean(name, text_metrics.ANSWER_METRICS)}')
+    if choice == "fixed" and support is None:
+        raise ConfigError('choice="fixed" takes the examples of all queries from support; name its source.')
+    if features is not None and choice != "rices":
+        raise ConfigError('features are what choice="rices" compares; leave them out, or choose that.')
+    return list(dict.fromkeys(shots))
 
 
 def score_predictions(path: str | os.PathLike) -> dict[str, float]:
@@ -196,28 +236,6 @@ class _Asker:
         made = beam_search(generator.model, generator.params, batch, max_tokens=self.max_tokens, beams=self.beams, eos=processor.format.end,
                            mesh=generator.mesh, prefix=prefix)
         return [processor.decode([number for number in ids if number < processor.vocab_size]).strip() for ids in made.answers()]
-
-
-def _checked(shots: Any, choice: str, method: str, zero_shot: str, permutations: int, repeats: int, beams: int, metrics: Sequence[str],
-             support: Any) -> list[int]:
-    """The numbers of shots, after all settings that can be wrong by themselves."""
-    for name, value, known in (("choice", choice, CHOICES), ("method", method, METHODS), ("zero_shot", zero_shot, ZERO_SHOT)):
-        choose(dict.fromkeys(known), value, name)
-    shots = [shots] if isinstance(shots, int) else list(shots)
-    if not shots or any(isinstance(number, bool) or not isinstance(number, int) or number < 0 for number in shots):
-        raise ConfigError(f"shots is {shots!r}; give numbers of examples such as [0, 4, 8].")
-    for name, value in (("permutations", permutations), ("repeats", repeats), ("beams", beams)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} is {value!r}; give a number of at least 1.")
-    for setting, value, other in (("permutations", permutations > 1, "rank"), ("beams", beams > 1, "generate"), ("metrics", bool(metrics), "generate")):
-        if value and method != other:
-            raise ConfigError(f'{setting} is of method="{other}"; leave it out, or choose that method.')
-    for name in metrics:
-        if name not in text_metrics.ANSWER_METRICS:
-            raise ConfigError(f'metrics: "{name}" is unknown.{did_you_mean(name, text_metrics.ANSWER_METRICS)}')
-    if choice == "fixed" and support is None:
-        raise ConfigError('choice="fixed" takes the examples of all queries from support; name its source.')
-    return list(dict.fromkeys(shots))
 
 
 def _queries(settings: Mapping[str, Any], predictor: Any, layout: Layout, candidates: list[str] | None, method: str, own: bool) -> list[Query]:

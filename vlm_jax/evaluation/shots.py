@@ -30,15 +30,8 @@ class Layout:
 
     @classmethod
     def of(cls, template: str, tokenizer: Any) -> "Layout":
-        """The layout of a template: a name of `TEMPLATES`, or a text with {answer} at its end and perhaps {prompt}.
-
-        Raises:
-          ConfigError: for a template without {answer}, or with something behind it.
-        """
-        template = TEMPLATES.get(template, template)
-        before, mark, after = template.partition("{answer}")
-        if not mark or after:
-            raise ConfigError(f'template {template!r} does not end in {{answer}}; choose one of {", ".join(TEMPLATES)} or write one that does.')
+        """The layout of a template, see `check_template`."""
+        before = check_template(template)
         # Tokenizers of words put the blank before a word themselves; others would lose it between the two texts.
         own = tokenizer.encode("a b") == [*tokenizer.encode("a"), *tokenizer.encode("b")]
         return cls(before.rstrip(), " " if before.endswith(" ") and not own else "")
@@ -47,6 +40,18 @@ class Layout:
         """Picture, text and answer of a record; without the answer it is a question."""
         prompt = self.before.replace("{prompt}", record.get("prompt", ""))
         return plain_segments({**record, "prompt": prompt}, None if answer is None else self.blank + answer)
+
+
+def check_template(template: str) -> str:
+    """Returns what a template, a name of `TEMPLATES` or a text with {answer} at its end and perhaps {prompt}, says before the answer.
+
+    Raises:
+      ConfigError: for a template without {answer}, or with something behind it.
+    """
+    before, mark, after = TEMPLATES.get(template, template).partition("{answer}")
+    if not mark or after:
+        raise ConfigError(f'template {template!r} does not end in {{answer}}; choose one of {", ".join(TEMPLATES)} or write one that does.')
+    return before
 
 
 def without_pictures(segments: Sequence[Segment]) -> Example:

@@ -43,6 +43,7 @@ CAPTIONS = {
     "recall_curve": "How often a right answer is among the first k.",
     "confusion": "Which class (row) is taken for which (column).",
     "classified": "Pictures with the class that the model gives them.",
+    "episodes": "Questions behind their last examples, what the model answers, and below it what is right.",
 }
 CURVES = {"mfu": "Share of the machine's speed (MFU)", "data_wait": "Share of the time that waits for data"}
 SYSTEMS = {"siglip": "SigLIP", "siglip2": "SigLIP 2", "clip": "CLIP", "lit": "LiT"}
@@ -52,7 +53,7 @@ LANGUAGES = {
     "nl": "Dutch", "no": "Norwegian", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sv": "Swedish", "sw": "Swahili",
     "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "vi": "Vietnamese", "zh": "Chinese",
 }
-COUNTS = ("pictures", "classes", "seconds")   # fields of an evaluation that say how it was done, not how well
+COUNTS = ("pictures", "classes", "queries", "seconds")   # fields of an evaluation that say how it was done, not how well
 
 
 def write_report(workdir: str | os.PathLike) -> str:
