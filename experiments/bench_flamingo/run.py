@@ -1,6 +1,6 @@
 """Measures, on two cores, a training step of a small Flamingo beside transformers' IDEFICS, and questions behind 32 cached examples; see README.md.
 
-    python -m experiments.bench_flamingo.run                    about ten minutes on two cores; writes results.json
+    python -m experiments.bench_flamingo.run                    about ten minutes on two idle cores, most of them compiling; writes results.json
     python -m experiments.bench_flamingo.run --variant test     tiny models, seconds; writes only where --output says
 """
 import argparse
@@ -59,9 +59,14 @@ def jax_worker(size: dict) -> tuple[dict, dict]:
 
     model = jax_model(size)
     batch = batch_of(size)
-    params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
-    # Gates a little open: at 0 nothing of the pictures would reach the loss.
-    params["gated"] = jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + 0.1 if "gate_" in str(path[-1]) else leaf, params["gated"])
+    rng = np.random.default_rng(2)
+
+    def drawn(path, leaf):
+        # Norms as they begin, gates a little open: at 0 nothing of the pictures would reach the loss.
+        fixed = {"scale": 1.0, "bias": 0.0, "gate_cross": 0.1, "gate_mlp": 0.1}.get(path[-1].key)
+        return jnp.asarray(rng.normal(scale=0.02, size=leaf.shape) if fixed is None else np.full(leaf.shape, fixed), jnp.float32)
+
+    params = jax.tree_util.tree_map_with_path(drawn, jax.eval_shape(model.init, jax.random.key(0), batch)["params"])
     frozen, trained = ({name: params[name] for name in names} for names in (("image", "language"), ("gated", "resampler")))
     optimizer, task = optax.adamw(RATE, weight_decay=0.01), GenerationTask(model)
     stream = {**batch, "loss_weights": np.ones(batch["tokens"].shape, np.float32)}
