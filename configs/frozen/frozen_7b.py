@@ -4,8 +4,8 @@ Facts: Conceptual Captions, one picture and its caption an example, pictures of 
 3e-4, batches of 128, stopped where the loss on the validation set was lowest. Unsure: Adam's 0.9 and 0.95. Not known: how many steps that were (here four
 passes). Nothing stops by itself here: `validation` names a table of captions for every 5,000 steps, whose checkpoints are kept; load the best by its step.
 
-Your data: FOLDER/cc3m-*.tar (pairs, docs/data.md). `language` is a run or directory of a model with these sizes (models/frozen_presets.py), since the paper's is
-not published; for another one change `config.model`.
+Your data: FOLDER/cc3m-*.tar (pairs, docs/data.md). `language` is a run or directory of a model with these sizes (models/frozen_presets.py), since that of the
+paper is not published; for another one change `config.model`.
 
 Launch:   python -m vlm_jax.train --config configs/frozen/frozen_7b.py:data=FOLDER,tokenizer=FILE,language=DIR --workdir gs://BUCKET/run
 Expected: VQAv2 without having seen its training set 29.5 %, with four shots 38.2 % (quoted, section 4). Measured: not trained by us.

@@ -29,12 +29,12 @@ def asked(workdir: Path, variant: str) -> dict[str, dict[str, float]]:
             for name, control in (("real", {}), ("shuffled", {"shuffled": True}))}
 
 
-def main(runs: Path, seeds: tuple[int, ...], output: Path, variant: str, config: str = CONFIG) -> dict[str, float]:
+def main(runs: Path, seeds: tuple[int, ...], output: Path, variant: str) -> dict[str, float]:
     """Runs the study and writes results.json into `output`; returns its metrics."""
     by_seed = {}
     for seed in seeds:
         workdir = runs / f"seed_{seed}"
-        trained(f"{config}:variant={variant}", workdir, (f"seed={seed}",))
+        trained(f"{CONFIG}:variant={variant}", workdir, (f"seed={seed}",))
         by_seed[seed] = asked(workdir, variant)
     chance, questions = by_seed[seeds[0]]["real"]["chance"], len(seeds) * COUNT[variant]
     by_shots = {number: [run["real"][f"accuracy/{WAYS * number}_shots"] for run in by_seed.values()] for number in SHOTS}
@@ -47,7 +47,7 @@ def main(runs: Path, seeds: tuple[int, ...], output: Path, variant: str, config:
                "shuffled_one_shot_accuracy": float(np.mean([run["shuffled"][f"accuracy/{WAYS}_shots"] for run in by_seed.values()]))}
     bar = chance + 3 * metrics["standard_error"]
     print(f"one_shot_accuracy {accuracy:.3f} ({'meets' if accuracy >= bar else 'MISSES'} {bar:.3f}, three standard errors above chance)")
-    write_results(output, metrics, seeds=seeds, name="frozen_binding", by_seed=by_seed, config=config)
+    write_results(output, metrics, seeds=seeds, name="frozen_binding", by_seed=by_seed, config=CONFIG)
     return metrics
 
 

@@ -33,9 +33,13 @@ def write(folder, documents, name="pages.jsonl"):
     return folder / name
 
 
+def grey(image):
+    return Image.open(io.BytesIO(image)).getpixel((0, 0))[0]
+
+
 def read(source, index=0):
-    """The document as a list of texts and of the grey values of its pictures."""
-    return [segment["text"] if segment["kind"] == "text" else Image.open(io.BytesIO(segment["image"])).getpixel((0, 0))[0]
+    """The document as a list of texts, of the grey values of its pictures, and of lists of those of its videos."""
+    return [segment["text"] if segment["kind"] == "text" else grey(segment["image"]) if segment["kind"] == "image" else [grey(one) for one in segment["frames"]]
             for segment in source[index]["segments"]]
 
 
@@ -129,11 +133,62 @@ def test_tar_shards(tmp_path):
             InterleavedSource(hostile)[index]
 
 
+def test_videos(tmp_path):
+    path = write(tmp_path, [
+        {"segments": [{"kind": "text", "text": "a"}, {"kind": "video", "frames": ["images/10.png", f"data:image/png;base64,{B64}"]},
+                      {"kind": "text", "text": "b"}, {"kind": "image", "image": "images/30.png"}, {"kind": "text", "text": "c"}]},
+        {"frames": [f"images/{10 * (1 + k % 3)}.png" for k in range(9)], "text": "nine", "id": 7}])
+    sample = {"json": {"frames": [f"{k}.png" for k in range(4)], "text": "four"}, **{f"{k}.png": png(10 * k) for k in range(4)}}
+    shard = write_tar(tmp_path / "v.tar", {"0": sample})
+    source = InterleavedSource([str(path), str(shard)], max_frames=3)
+    assert [read(source, k) for k in range(3)] == [["a", [10, 77], "b", 30, "c"], [[20, 20, 20], "nine"], [[0, 20, 30], "four"]]
+    assert source[1]["id"] == 7 and texts_of(source, 2) == ["four"] and source.outline_at(2)["segments"][0]["frames"][0] == ("path", "0.png")
+    assert read(InterleavedSource(path, max_images=1))[1:] == [[10, 77], "b", "c"]
+    assert len(InterleavedSource([str(path), str(shard)], min_images=2)) == 1
+    made = processor(frames=2)
+    batch = next(Loader(source, made, 3, shuffle=False, on_bad="raise").batches())
+    assert batch["images"].shape[2] == 2 and batch["media_index"].max(1).tolist() == [1, 0, 0]
+    assert not np.allclose(batch["images"][2, 0, 0], batch["images"][2, 0, 1]) and np.allclose(batch["images"][0, 1, 0], batch["images"][0, 1, 1])
+    with pytest.raises(ConfigError, match="max_frames"):
+        InterleavedSource(path, max_frames=0)
+
+
+def test_shards_on_an_object_store(bucket, tmp_path):
+    samples = {f"{k}": {"json": {"text": f"<image> and <image> {k}", "images": ["1.png", "0.png"]}, "0.png": png(10 + k, 300 + k), "1.png": png(20 + k)}
+               for k in range(3)}
+    samples["3"] = {"json": {"frames": ["0.png", "1.png"], "text": "v"}, "0.png": png(1), "1.png": png(2)}
+    samples["4"] = {"json": {"text": "<image>", "images": ["7.png"]}}
+    shard = write_tar(tmp_path / "s.tar", samples)
+    bucket.objects["bucket/data/s.tar"] = (shard.read_bytes(), next(bucket.generations))
+    local, remote = InterleavedSource(shard), build_source({"name": "interleaved", "path": "gs://bucket/data/*.tar"})
+    assert [read(remote, k) for k in range(4)] == [read(local, k) for k in range(4)] == [
+        [20, " and ", 10, " 0"], [21, " and ", 11, " 1"], [22, " and ", 12, " 2"], [[1, 2], "v"]]
+    for index in (0, 3):
+        bucket.log.clear()
+        remote[index]
+        assert [kind for kind, _ in bucket.log] == ["GET", "GET"], "the document, and all of its sample"
+    with pytest.raises(DataError, match="s.tar.4.*no member '7.png'"):
+        remote[4]
+    with pytest.raises(DataError, match="over the limit of 200") as error:
+        InterleavedSource("gs://bucket/data/s.tar", max_bytes=200)[0]
+    assert error.value.reason == "file_too_large"
+    bucket.objects["bucket/data/pages.jsonl"] = (b'{"text": "a"}\n', next(bucket.generations))
+    with pytest.raises(DataError, match="from .tar shards only"):
+        InterleavedSource("gs://bucket/data/pages.jsonl")
+    del bucket.objects["bucket/data/s.tar"]
+    with pytest.raises(DataError, match="is it still there") as error:
+        remote[0]
+    assert error.value.reason == "file_unreadable"
+
+
 BAD = [
     ("not json", "row_not_json"), ("[1]", "row_not_json"), ("[" * 100_000, "row_not_json"), ({}, "document_wrong_type"),
     ({"segments": "a"}, "document_wrong_type"), ({"segments": [1]}, "document_wrong_type"), ({"segments": [{"kind": "image"}]}, "image_missing"),
     ({"segments": [{"kind": "image", "image": 3}]}, "image_missing"),
-    ({"segments": [{"kind": "text", "text": 3}]}, "document_wrong_type"), ({"segments": [{"kind": "video", "frames": []}]}, "document_wrong_type"),
+    ({"segments": [{"kind": "text", "text": 3}]}, "document_wrong_type"), ({"segments": [{"kind": "video", "frames": []}]}, "video_empty"),
+    ({"segments": [{"kind": "video", "frames": "images/10.png"}]}, "document_wrong_type"),
+    ({"frames": ["images/10.png", 3], "text": "a"}, "document_wrong_type"), ({"frames": ["images/10.png", "images/99.png"], "text": "a"}, "image_missing"),
+    ({"frames": ["https://example.org/a.png"], "text": "a"}, "image_is_address"), ({"frames": ["images/10.png"], "text": 3}, "document_wrong_type"),
     ({"text": "<image><image>", "images": ["images/10.png"]}, "images_missing"), ({"text": "a", "images": ["images/10.png"]}, "images_unreferenced"),
     ({"text": "<image>"}, "images_missing"), ({"text": 3}, "document_wrong_type"), ({"text": "<image>", "images": [None]}, "document_wrong_type"),
     ({"texts": ["a"], "images": [None, "images/10.png"]}, "images_unreferenced"), ({"texts": ["a", None], "images": [None]}, "images_missing"),
@@ -179,7 +234,7 @@ JSON = strategies.recursive(LEAF, lambda inner: strategies.one_of(strategies.lis
 
 
 @settings(max_examples=150, deadline=None)
-@given(strategies.dictionaries(strategies.sampled_from(["segments", "text_list", "image_info", "texts", "images", "text", "id", "next_image"]), JSON),
+@given(strategies.dictionaries(strategies.sampled_from(["segments", "text_list", "image_info", "texts", "images", "text", "frames", "id", "next_image"]), JSON),
        strategies.sampled_from([None, 0.24]))
 def test_any_json_is_segments_or_a_data_error(document, min_similarity):
     try:
@@ -189,7 +244,7 @@ def test_any_json_is_segments_or_a_data_error(document, min_similarity):
         return
     hashed_share(document)
     try:
-        processor().format.row([s for s in segments if s.get("kind") != "image"])
+        processor().format.row([s for s in segments if s.get("kind") not in ("image", "video")])
     except DataError as error:
         assert error.reason
 
@@ -220,4 +275,4 @@ def test_wrong_settings_and_files_are_named(tmp_path):
         InterleavedSource(tmp_path / "empty.jsonl")
     with pytest.raises(DataError, match="no file"):
         InterleavedSource(tmp_path / "missing.jsonl")
-    np.testing.assert_array_equal(InterleavedSource(path)._rows, [[0, path.stat().st_size, 1]])
+    np.testing.assert_array_equal(InterleavedSource(path)._rows, [[0, path.stat().st_size, 1, path.stat().st_size]])

@@ -40,28 +40,10 @@ def test_the_study_of_flamingo_records_its_figures(tmp_path, monkeypatch):
     assert written["seeds"] == [4] and (tmp_path / "out" / "figure.png").exists()
 
 
-FROZEN_CONFIG = '''
-from configs.flamingo import shapes
-
-
-def get_config(arg=None):
-    """Two steps of a tiny Frozen, on the data of the small Flamingo."""
-    config = shapes.get_config("variant=test")
-    config.model = dict(name="frozen", preset="test", language=dict(vocab_size=shapes.VOCABULARY + 3))
-    config.processor.format = dict(config.processor.format, length=96, image_text=False, chunk_end=False, image_tokens=2)
-    stage = config.stages[2]
-    del stage["init_from"]
-    stage["train"] = [(r"(image|projection)/.*", {}), (r".*", None)]
-    config.stages = [stage]
-    return config
-'''
-
-
 @pytest.mark.slow
 def test_the_study_of_frozen_records_its_figures(tmp_path, monkeypatch):
     from experiments.frozen_binding import run as frozen
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0")
-    (tmp_path / "tiny.py").write_text(FROZEN_CONFIG)
-    metrics = frozen.main(tmp_path / "runs", (4,), tmp_path / "out", "test", str(tmp_path / "tiny.py"))
+    metrics = frozen.main(tmp_path / "runs", (4,), tmp_path / "out", "test")
     assert metrics["chance"] == 0.5 and metrics["standard_error"] >= 0.25 and 0 <= metrics["one_shot_accuracy"] <= 1
     assert "shuffled_one_shot_accuracy" in json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]

@@ -4,10 +4,12 @@
     {"text_list": [...], "image_info": [{"image_name": IMAGE, "matched_text_index": 3, "matched_sim": 0.31}, ...]}       MMC4 (Zhu et al. 2023)
     {"texts": ["...", null, ...], "images": [null, IMAGE, ...]}                                                         OBELICS (Laurencon et al. 2023)
     {"text": "... <image> ...", "images": [IMAGE, ...]}                                                                marks in a text
+    {"frames": [IMAGE, ...], "text": "..."}                                                                             a video and its text
 
 IMAGE is a path below the image folder, a `data:` URI in base64, or in a tar shard the ending of a member of the same sample (KEY.json, KEY.0.jpg, ...:
-"0.jpg"). In `image_info` `image_base64` may stand instead. Nothing is fetched: an address on the network is an error. Documents are read by position; the
-memory holds four numbers a document.
+"0.jpg"). In `image_info` `image_base64` may stand instead. Segments may be videos too: {"kind": "video", "frames": [IMAGE, ...]}. Nothing is fetched: an
+address on the network is an error. Documents are read by position, those of shards on an object store with all of their members by two requests; the memory
+holds four numbers a document.
 """
 import base64
 import binascii
@@ -21,13 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data.documents import Segment, image_segment, marked_segments, text_segment
-from vlm_jax.data.files import MAX_BYTES, expand_paths, inside, read_file, read_span
+from vlm_jax.data.documents import PICTURES, Segment, frames_of, image_segment, marked_segments, text_segment, video_segment
+from vlm_jax.data.files import MAX_BYTES, expand_paths, inside, listed, read_file, read_span
 from vlm_jax.data.problems import problem
 from vlm_jax.data.sources import check_index, locate_part, offsets_of
 from vlm_jax.data.tables import line_index
-from vlm_jax.data.tar_index import KINDS, read_members, shard_index, split_key
+from vlm_jax.data.tar_index import KINDS, opened, read_members, shard_indexes, split_key
 from vlm_jax.errors import ConfigError, DataError
+from vlm_jax.storage import is_remote
 
 _ADDRESS = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _JSON = 1 + 2 * KINDS.index("json")
@@ -39,9 +42,10 @@ class InterleavedSource:
     """Documents of JSONL files and tar shards.
 
     Args:
-      path: a path, a pattern or a list of them; files that end in .tar are shards, others JSONL.
+      path: a path, a pattern or a list of them; files that end in .tar are shards, others JSONL. Shards may lie on gs:// and s3:// (gcsfs or s3fs installed).
       images: the folder that paths are relative to; by default that of the JSONL file. Paths that lead out of it are refused.
-      max_images: pictures of a document that are kept, the first ones; the others are left out, their text stays.
+      max_images: pictures and videos of a document that are kept, the first ones; the others are left out, their text stays.
+      max_frames: frames of a video that are read, evenly spread over it.
       min_similarity: MMC4: pictures less similar to their sentence are left out (OpenFlamingo: 0.24).
       one_to_one: MMC4: of several pictures of one sentence the most similar stays.
       min_images: documents with fewer pictures, after those filters, are left out.
@@ -53,17 +57,17 @@ class InterleavedSource:
     Raises:
       DataError: at once for files that are missing or hold no document, or where none is left; on access, with a `reason`, for a bad document: row_not_json,
         row_not_utf8, document_wrong_type, images_missing, images_unreferenced, image_missing, image_is_address, image_not_base64, path_outside,
-        similarity_missing, file_too_large, and those of `files.read_span`.
+        similarity_missing, video_empty, file_too_large, and those of `files.read_span`.
     """
 
     def __init__(self, path: str | os.PathLike | Sequence[str], images: str | os.PathLike | None = None, *, max_images: int | None = None,
-                 min_similarity: float | None = None, one_to_one: bool = True, min_images: int = 0, one_image: float = 1.0, image_text: str = "<image>",
-                 max_bytes: int = MAX_BYTES):
-        self._paths = [os.path.abspath(p) for p in expand_paths(path, "interleaved")]
+                 max_frames: int = 64, min_similarity: float | None = None, one_to_one: bool = True, min_images: int = 0, one_image: float = 1.0,
+                 image_text: str = "<image>", max_bytes: int = MAX_BYTES):
+        self._paths = [p if is_remote(p) else os.path.abspath(p) for p in expand_paths(path, "interleaved", remote=True)]
         self.name = os.path.basename(self._paths[0]) + (f" and {len(self._paths) - 1} more" if len(self._paths) > 1 else "")
         self._folder = os.path.abspath(os.path.expanduser(os.fspath(images))) if images is not None else None
-        for name, value, low in (("max_images", max_images, 1), ("min_images", min_images, 0), ("max_bytes", max_bytes, 1)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+        for name, value, low in (("max_images", max_images, 1), ("max_frames", max_frames, 1), ("min_images", min_images, 0), ("max_bytes", max_bytes, 1)):
+            if (value is not None or name != "max_images") and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 raise ConfigError(f"interleaved.{name} is {value!r}; give a number of at least {low}.")
         for name, value in (("min_similarity", min_similarity), ("one_image", one_image)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not -1 <= value <= 1):
@@ -71,8 +75,8 @@ class InterleavedSource:
         if self._folder is not None and not os.path.isdir(self._folder):
             raise DataError(f"interleaved {self.name}: there is no image folder {self._folder}; set images to the folder of the pictures.")
         self._max_images, self._min_similarity, self._one_to_one, self._max_bytes = max_images, min_similarity, bool(one_to_one), max_bytes
-        self._image_text = image_text
-        indexes = [_index(path) for path in self._paths]
+        self._max_frames, self._image_text = max_frames, image_text
+        indexes = _indexes(self._paths)
         self._offsets, self._rows = offsets_of([len(index) for index in indexes]), np.concatenate(indexes)
         if not len(self._rows):
             raise DataError(f"interleaved {self.name}: it holds no document; write one JSON object a line, or KEY.json members.")
@@ -95,8 +99,7 @@ class InterleavedSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = int(self._kept[check_index(index, len(self), self.name)])
         record, read = self.outline_at(index), self._reader(row, self._describe(row))
-        segments = [image_segment(read(segment["image"])) if segment["kind"] == "image" else segment for segment in record["segments"]]
-        return {**record, "segments": segments}
+        return {**record, "segments": [_with_pictures(segment, read) for segment in record["segments"]]}
 
     def outline_at(self, index: int) -> dict[str, Any]:
         """Returns document `index` with references in the place of its pictures, which are not read."""
@@ -107,7 +110,7 @@ class InterleavedSource:
     @property
     def details(self) -> dict[str, Any]:
         """What a results.json says about these documents."""
-        return {"source": self.name, "documents": len(self), "dropped": dict(self.dropped), "max_images": self._max_images,
+        return {"source": self.name, "documents": len(self), "dropped": dict(self.dropped), "max_images": self._max_images, "max_frames": self._max_frames,
                 "min_similarity": self._min_similarity, "one_to_one": self._one_to_one}
 
     def _describe(self, row: int) -> str:
@@ -138,9 +141,12 @@ class InterleavedSource:
             raise problem(getattr(error, "reason", "other"), f"{item}: {error}") from None
         kept, images = [], 0
         for segment in segments:
-            images += segment["kind"] == "image"
-            if segment["kind"] != "image" or self._max_images is None or images <= self._max_images:
-                kept.append(segment)
+            images += segment["kind"] in PICTURES
+            if segment["kind"] in PICTURES and self._max_images is not None and images > self._max_images:
+                continue
+            if segment["kind"] == "video" and len(segment["frames"]) > self._max_frames:
+                segment = video_segment(frames_of(segment, self._max_frames))
+            kept.append(segment)
         return kept
 
     def _filtered(self, min_images: int, one_image: float) -> Iterator[int]:
@@ -148,7 +154,7 @@ class InterleavedSource:
         for row in range(len(self._rows)):
             try:
                 document = self._document(row)
-                images = sum(segment["kind"] == "image" for segment in self._laid(document, ""))
+                images = sum(segment["kind"] in PICTURES for segment in self._laid(document, ""))
             except DataError:
                 yield row
                 continue
@@ -163,7 +169,7 @@ class InterleavedSource:
         """Returns what reads the pictures of a document."""
         part, _ = locate_part(self._offsets, row)
         path = self._paths[part]
-        members = _members(path, int(self._rows[row][2])) if path.endswith(".tar") else None
+        members, data = _sample(path, *(int(value) for value in self._rows[row][2:]), self._max_bytes) if path.endswith(".tar") else (None, read_span)
 
         def read(reference: Reference) -> bytes:
             kind, value = reference
@@ -178,17 +184,17 @@ class InterleavedSource:
                 found = members.get(value)
                 if found is None:
                     raise problem("image_missing", f"{item}: the sample has no member {value[:100]!r}; add it or correct the name.")
-                return read_span(path, *found, item, self._max_bytes)
+                return data(path, *found, item, self._max_bytes)
             folder = self._folder if self._folder is not None else os.path.dirname(path)
             return read_file(inside(folder, value, item), item, self._max_bytes)
         return read
 
 
 def segments_of(document: Mapping[str, Any], image_text: str = "<image>", min_similarity: float | None = None, one_to_one: bool = True) -> list[Segment]:
-    """Returns the segments of a document in any of the four styles; `image` of a picture is ("path", name) or ("base64", text).
+    """Returns the segments of a document in any of the five styles; `image` of a picture and each of `frames` is ("path", name) or ("base64", text).
 
     Raises:
-      DataError: with reason document_wrong_type, images_missing, images_unreferenced or similarity_missing.
+      DataError: with reason document_wrong_type, images_missing, images_unreferenced, similarity_missing or video_empty.
     """
     if "segments" in document:
         return [_read_segment(number, segment) for number, segment in enumerate(_listed(document, "segments", Mapping))]
@@ -196,13 +202,15 @@ def segments_of(document: Mapping[str, Any], image_text: str = "<image>", min_si
         return _mmc4(document, min_similarity, one_to_one)
     if "texts" in document and "images" in document:
         return _obelics(document)
+    if "frames" in document and "text" in document:
+        return [_read_segment(0, {"kind": "video", "frames": document["frames"]}), _read_segment(1, {"kind": "text", "text": document["text"]})]
     if "text" in document:
         if not isinstance(document["text"], str):
             raise problem("document_wrong_type", f"text is {document['text']!r:.40}, not a string; write it as text.")
         images = [image_segment(("path", name)) for name in (_listed(document, "images", str) if "images" in document else ())]
         return marked_segments(document["text"], images, image_text)
     raise problem("document_wrong_type", f"the document has the fields {', '.join(map(repr, sorted(document)))[:120]}, of no known style; "
-                                         "give it segments, text_list with image_info, texts with images, or text with images.")
+                                         "give it segments, text_list with image_info, texts with images, or text with images or frames.")
 
 
 def hashed_share(document: Mapping[str, Any]) -> float:
@@ -263,7 +271,10 @@ def _obelics(document: Mapping[str, Any]) -> list[Segment]:
 def _read_segment(number: int, segment: Mapping[str, Any]) -> Segment:
     if segment.get("kind") != "image":
         if segment.get("kind") == "video":
-            raise problem("document_wrong_type", f"segment {number}: files hold no videos as segments; give its frames as pictures, or a source of your own.")
+            frames = _listed(segment, "frames", str)
+            if not frames:
+                raise problem("video_empty", f"segment {number}: the video has no frames; leave the record out.")
+            return video_segment([("path", name) for name in frames])
         if segment.get("kind") == "text" and not isinstance(segment.get("text"), str):
             raise problem("document_wrong_type", f"segment {number}: its text is {segment.get('text')!r:.40}, not a string; write it as text.")
         return dict(segment)
@@ -293,24 +304,41 @@ def _decoded(text: str, item: str, max_bytes: int) -> bytes:
         raise problem("image_not_base64", f"{item}: a picture is no base64; write the document again.") from None
 
 
-def _index(path: str) -> np.ndarray:
-    """Returns int64 [N, 3]: position and size of each document, and its line, in a shard the position of its first header."""
-    if not os.path.isfile(path):
-        raise DataError(f"interleaved {path}: it is no file; correct the path.")
-    if path.endswith(".tar"):
-        samples = shard_index(path).samples
-        samples = samples[samples[:, _JSON] >= 0]
-        return np.stack([samples[:, _JSON], samples[:, _JSON + 1], samples[:, 0]], axis=1)
-    return np.array(list(line_index(path)), np.int64).reshape(-1, 3)
+def _with_pictures(segment: Segment, read: Callable[[Reference], bytes]) -> Segment:
+    """Returns a segment with what `read` reads in the place of references."""
+    if segment["kind"] == "image":
+        return image_segment(read(segment["image"]))
+    return video_segment([read(frame) for frame in segment["frames"]]) if segment["kind"] == "video" else segment
 
 
-def _members(path: str, header: int) -> dict[str, tuple[int, int]]:
-    """Returns {name, and ending: (position, size)} of the members of the sample whose first header lies at `header`."""
+def _indexes(paths: Sequence[str]) -> list[np.ndarray]:
+    """Returns int64 [N, 4] of each file: position and size of each document, and its line, in a shard where its sample begins; then where that ends."""
+    for path in paths:
+        if is_remote(path) and not path.endswith(".tar"):
+            raise DataError(f"interleaved: {path} is on an object store, where documents are read from .tar shards only; copy the file, or mount the bucket.")
+        if not is_remote(path) and not os.path.isfile(path):
+            raise DataError(f"interleaved {path}: it is no file; correct the path.")
+    shards = iter(shard_indexes([path for path in paths if path.endswith(".tar")]))
+    result, listings = [], {}
+    for path in paths:
+        if not path.endswith(".tar"):
+            lines = np.array(list(line_index(path)), np.int64).reshape(-1, 3)
+            result.append(np.concatenate([lines, lines[:, :1] + lines[:, 1:2]], axis=1))
+            continue
+        samples, (folder, _, name) = next(shards).samples, path.rpartition("/")
+        size = listed(folder, "interleaved", listings)[name][0] if is_remote(path) else os.path.getsize(path)
+        places = np.stack([samples[:, _JSON], samples[:, _JSON + 1], samples[:, 0], np.append(samples[1:, 0], size)], axis=1)
+        result.append(places[samples[:, _JSON] >= 0])
+    return result
+
+
+def _sample(path: str, begin: int, end: int, max_bytes: int) -> tuple[dict[str, tuple[int, int]], Callable[..., bytes]]:
+    """Returns ({name, and ending: (position, size)} of the members of the sample between two positions, what reads them as `read_span` does)."""
     found: dict[str, tuple[int, int]] = {}
     key = None
     try:
-        with open(path, "rb") as file:
-            for member in read_members(file, header):
+        with opened(path, end, min(end - begin, max_bytes)) as file:
+            for member in read_members(file, begin):
                 new, ending = split_key(member.name)
                 if key is not None and new != key:
                     break
@@ -319,4 +347,14 @@ def _members(path: str, header: int) -> dict[str, tuple[int, int]]:
                 found.setdefault(member.name.rpartition("/")[2], (member.offset, member.size))
     except (OSError, DataError):
         pass                                      # what the index promised and is not there is missing when a picture asks for it
-    return found
+    if not is_remote(path):
+        return found, read_span
+
+    def read(path: str, offset: int, size: int, item: str, max_bytes: int) -> bytes:
+        try:
+            file.seek(offset)
+            content = file.read(size) if size <= max_bytes else b""
+        except DataError:
+            content = b""
+        return content if len(content) == size else read_span(path, offset, size, item, max_bytes)     # whose error names the document
+    return found, read
