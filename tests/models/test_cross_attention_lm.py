@@ -7,6 +7,7 @@ import pytest
 from tests.models.generative import parameter_shapes
 from vlm_jax import decoding, registry
 from vlm_jax.errors import ConfigError
+from vlm_jax.language.gated_cross_attention import media_segments
 from vlm_jax.models.cross_attention_lm import CrossAttentionLM
 
 IMAGE = dict(image_size=(8, 12), patch_size=4, width=12, depth=1, mlp_dim=20, num_heads=3)
@@ -104,12 +105,23 @@ def test_without_a_picture_attention_adds_zero_not_a_mean(opened, apply):
     np.testing.assert_allclose(text, unread, atol=1e-5)
 
 
-def test_packed_documents_do_not_see_each_other(opened, apply):
+@pytest.mark.parametrize("everything", [False, True])
+def test_packed_documents_do_not_see_each_other(opened, everything):
+    apply = jax.jit(MODEL.clone(gated=dict(GATED, all_previous=everything)).apply)
     segments = np.array([[0] * 4 + [1] * 5] * 2)
     index = np.array([[-1, 0, 0, 0, -1, 1, 1, 2, 2]] * 2)
     packed, _ = apply(opened, dict(INPUTS, media_index=index, segment_ids=segments))
     alone, _ = apply(opened, dict(tokens=INPUTS["tokens"][:, 4:], images=INPUTS["images"][:, 1:], media_index=np.where(index[:, 4:] < 0, -1, index[:, 4:] - 1)))
     np.testing.assert_allclose(packed[:, 4:], alone, atol=2e-5)
+
+
+def test_documents_of_pictures_follow_from_their_tokens():
+    """Pictures 1 and 4 are read by nobody: 1 stands between pictures of one document, 4 between two documents."""
+    index, segments = np.array([[0, 0, 2, 3, 3, -1, 5, -1, -1]]), np.array([[7, 7, 7, 7, 7, 3, 3, 9, 0]], np.int32)
+    keys = np.array([[0, 1, 2, 3, 3, 4, 5, 6, -1]])
+    found = np.asarray(media_segments(index, keys, segments))[0]
+    none = np.iinfo(segments.dtype).min
+    assert found.tolist() == [7, 7, 7, 7, 7, none, 3, none, none]
 
 
 def test_cached_with_pictures_that_come_later(opened, apply):

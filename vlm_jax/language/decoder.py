@@ -223,7 +223,10 @@ class Decoder(nn.Module):
         kernel, bias = params["token_embedding"] if self.tied else own["kernel"], own.get("bias")
         if self.new_tokens:
             new = params["new_embedding"] if self.tied else effective(params["new_head"])["kernel"]
-            kernel = jnp.concatenate([kernel, new.astype(kernel.dtype)], axis=0 if self.tied else 1)
+            # A sum, because joining them would exchange the whole table where a mesh splits the vocabulary; padding moves the edges of the parts alone.
+            before, after = ((0, 0), (self.vocab_size, 0)), ((0, 0), (0, self.new_tokens))
+            (of_new, of_kernel) = (pads[::-1] if self.tied else pads for pads in (before, after))
+            kernel = jnp.pad(kernel, of_kernel) + jnp.pad(new.astype(kernel.dtype), of_new)
             bias = None if bias is None else jnp.pad(bias, (0, self.new_tokens))
         return dict(kernel=kernel, tied=self.tied, bias=bias, soft_cap=self.logits_soft_cap)
 

@@ -21,15 +21,30 @@ from vlm_jax.sharding.activations import constrain
 GATES = ("scalar", "vector")
 
 
-def media_visibility(media_index: Int[Array, "B T"], key_media: Int[Array, "B M"], all_previous: bool = False) -> Visibility:
+def media_visibility(media_index: Int[Array, "B T"], key_media: Int[Array, "B M"], all_previous: bool = False,
+                     segment_ids: Int[Array, "B T"] | None = None) -> Visibility:
     """Which vectors of pictures each token reads: those of its picture alone, or of the pictures before it too.
 
     Args:
       media_index: the picture of each token, -1 for none (section 2.3: phi).
       key_media: the picture that each vector is of, -1 at padding.
       all_previous: the ablation of appendix D.1: a token reads all pictures up to its own.
+      segment_ids: documents packed into one row, whose pictures stand in the order of the documents; a token reads those of its own alone.
     """
-    return Visibility(media_index, key_media, window=None if all_previous else 1)
+    if not all_previous:
+        return Visibility(media_index, key_media, window=1)   # which is in the token's document, as its index says
+    if segment_ids is None:
+        return Visibility(media_index, key_media)
+    return Visibility(media_index, key_media, segment_ids, media_segments(media_index, key_media, segment_ids))
+
+
+def media_segments(media_index: Int[Array, "B T"], key_media: Int[Array, "B M"], segment_ids: Int[Array, "B T"]) -> Int[Array, "B M"]:
+    """The document of each vector: that of the tokens which read its picture, or read pictures on both sides of it; else one that no token has."""
+    index, number = media_index[:, None], key_media[:, :, None]
+    behind, before = index >= jnp.maximum(number, 0), (index >= 0) & (index <= number)   # [B, M, T]
+    first, last = behind.argmax(-1), index.shape[-1] - 1 - before[..., ::-1].argmax(-1)
+    of_first, of_last = (jnp.take_along_axis(segment_ids, place, axis=1) for place in (first, last))
+    return jnp.where(behind.any(-1) & before.any(-1) & (of_first == of_last), of_first, jnp.iinfo(segment_ids.dtype).min)
 
 
 class GatedCrossAttention(nn.Module):

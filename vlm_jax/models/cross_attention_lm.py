@@ -115,7 +115,8 @@ class CrossAttentionLM(VisionLanguage):
         inputs, images, media_index = self._split(inputs)
         media, of_image = (None, {}) if images is None else self.media(images, train)
         inputs["embeddings"] = self._embedded(inputs)
-        logits, out = self.language_model(inputs, train, inserted=self._inserted(inputs["embeddings"], media, media_index, train=train))
+        inserted = self._inserted(inputs["embeddings"], media, media_index, train=train, segment_ids=inputs.get("segment_ids"))
+        logits, out = self.language_model(inputs, train, inserted=inserted)
         return logits, {**out, "image": of_image, **({} if media is None else {"media": media})}
 
     def start(self, inputs: Mapping[str, Array], cache_length: int) -> tuple[Float[Array, "B V"], Cache]:
@@ -123,7 +124,8 @@ class CrossAttentionLM(VisionLanguage):
         inputs, images, media_index = self._split(inputs)
         media = None if images is None else self.media(images)[0]
         inputs["embeddings"] = embeddings = self._embedded(inputs)
-        logits, cache = self.language_model.start(inputs, cache_length, self._inserted(embeddings, media, media_index))
+        inserted = self._inserted(embeddings, media, media_index, segment_ids=inputs.get("segment_ids"))
+        logits, cache = self.language_model.start(inputs, cache_length, inserted)
         valid = inputs.get("valid", jnp.ones(embeddings.shape[:2], bool)).astype(bool)
         return logits, self._remember(cache, media, last_index(media_index, valid, jnp.full(len(embeddings), -1)))
 
@@ -168,13 +170,15 @@ class CrossAttentionLM(VisionLanguage):
         embeddings, tokens = inputs.get("embeddings"), inputs.pop("tokens", None)
         return self.language_model.embed(tokens) if embeddings is None else embeddings
 
-    def _inserted(self, x: Array, media: Array | None, index: Int[Array, "B T"], cache: Cache | None = None, train: bool = False) -> Inserted:
+    def _inserted(self, x: Array, media: Array | None, index: Int[Array, "B T"], cache: Cache | None = None, train: bool = False,
+                  segment_ids: Int[Array, "B T"] | None = None) -> Inserted:
         if cache is not None and cache.encoded is not None:
             return self.gated_blocks(x, None, index, jnp.where(cache.encoded[2], self._key_media(cache.encoded[2].shape), -1), cache, train)
         if media is None:
             return self.gated_blocks(x, None, index, jnp.full((x.shape[0], 1), -1), None, train)
         rows = media.reshape(media.shape[0], -1, media.shape[-1])
-        return self.gated_blocks(x, rows, index, jnp.broadcast_to(jnp.arange(rows.shape[1]) // media.shape[2], rows.shape[:2]), None, train)
+        key_media = jnp.broadcast_to(jnp.arange(rows.shape[1]) // media.shape[2], rows.shape[:2])
+        return self.gated_blocks(x, rows, index, key_media, None, train, segment_ids)
 
     def _key_media(self, shape: tuple[int, ...]) -> Int[Array, "B M"]:
         return jnp.broadcast_to(jnp.arange(shape[1]) // self.media_tokens(), shape)
@@ -223,9 +227,9 @@ class GatedBlocks(nn.Module):
         self.blocks = Stack(partial(GatedCrossAttention, **attributes), len(places), self.scan, self.remat)
 
     def __call__(self, x: Float[Array, "B T D"], media: Float[Array, "B M E"] | None, media_index: Int[Array, "B T"], key_media: Int[Array, "B M"],
-                 cache: Cache | None = None, train: bool = False) -> Inserted:
+                 cache: Cache | None = None, train: bool = False, segment_ids: Int[Array, "B T"] | None = None) -> Inserted:
         """The blocks as the language model runs them between its layers; `media` and `cache` as `GatedCrossAttention` takes them."""
-        visibility = media_visibility(media_index, key_media, self.settings["all_previous"])
+        visibility = media_visibility(media_index, key_media, self.settings["all_previous"], segment_ids)
         return self.blocks.inserted(self.places, x, media, visibility, cache, train=train)
 
     def keys(self, media: Float[Array, "B M E"]) -> tuple[Float[Array, "G B M K D"], Float[Array, "G B M K D"]]:

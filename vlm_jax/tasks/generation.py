@@ -126,9 +126,6 @@ class GenerationTask:
             raise ConfigError(f'{where}.format is missing; a task that generates text needs one, such as dict(kind="prefix_lm", length=64).')
         if (form.image_tokens or getattr(form, "pictures", 0)) and hasattr(self.model, "image_tokens"):
             form.check_model(image_tokens=self.model.image_tokens(), where=f"{where}.format")
-        if getattr(form, "packs", 1) > 1 and dict(getattr(self.model, "gated", None) or {}).get("all_previous"):
-            raise ConfigError(f"{where}.format.pack is {form.packs}, but with model.gated.all_previous a text would read pictures of the documents before it; "
-                              "set pack to 1.")
         entries = self.vocabulary(jax.eval_shape(self.init, jax.random.key(0)))
         if processor.vocab_size is not None and processor.vocab_size > entries:
             raise ConfigError(f"{where}.text: the tokenizer has {processor.vocab_size} entries, the model's table {entries}; raise the vocab_size of the "
