@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "vlm_jax" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE).group(1)
 
 TEST = ["pytest>=9", "pytest-xdist>=3.8", "pytest-timeout>=2.4", "hypothesis>=6.100", "ruff>=0.17,<0.18", "setuptools>=77",
-        "tensorboardX>=2.6.5"]
+        "tensorboardX>=2.6.5", "diffusers>=0.42,<0.43"]
 HF = ["tokenizers>=0.21", "jinja2>=3.1.6"]
 TPU = "jax[tpu]>=0.10.2,<0.13"   # with the libtpu that this jax names, which also compiles for TPUs that are not there
 NOTEBOOKS = ["jupytext>=1.19", "nbclient>=0.11", "nbformat>=5.10", "ipykernel>=7"]
