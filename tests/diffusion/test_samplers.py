@@ -82,7 +82,7 @@ def test_higher_orders_come_closer_to_the_flow_of_a_gaussian():
     noisy = plan.sigmas[0] * x
     flown = noisy * 0.5 / np.sqrt(plan.sigmas[0] ** 2 + 0.25)
     first, second = (apart(solver(by_time, noisy, plan, prediction="eps").x, flown) for solver in (euler, heun))
-    assert second < 0.3 * first < 0.3
+    assert second < 0.4 * first < 0.2
 
 
 def test_inversion_finds_the_noise_that_ddim_maps_to_the_image():
