@@ -227,3 +227,32 @@ def test_a_chat_of_the_command_line_has_a_session(here, seeing, monkeypatch):
     (here / "chat_template.jinja").write_text(PICTURES)
     options = generate._options(["--checkpoint", str(here), "--chat"])
     assert isinstance(generate.Answerer.load(options).session, Session) and generate.Answerer.load(options).marker() == "<image>"
+
+
+@pytest.mark.slow
+def test_a_chat_with_a_model_of_interleaved_documents(here, monkeypatch):
+    """The conversation is one document: pictures may come in any turn, and of each turn only what is new is read."""
+    tokenizer = SentencePieceTokenizer(gemma_model(), added=["<image>", "<|endofchunk|>"])
+    processor = Processor(image=[["decode", {}], ["resize", {"size": 8}], ["value_range", {"low": -1, "high": 1}]],
+                          text=[["tokenize", {"tokenizer": tokenizer.to_dict()}]], format=dict(kind="interleaved", length=64, pictures=2))
+    model = registry.build("flamingo", image=dict(image_size=8, patch_size=4, width=8, depth=1, mlp_dim=12, num_heads=2), scan=False,
+                           language=dict(vocab_size=tokenizer.vocab_size, width=12, depth=1, mlp_dim=16, num_heads=2), gated=dict(num_heads=2),
+                           resampler=dict(num_latents=2, depth=1, num_heads=2, head_dim=4))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract_params(model))
+    loaded = SimpleNamespace(model=model, params=params, processor=processor, files={})
+    monkeypatch.setattr(restore, "load", lambda path, **options: loaded)
+    answerer = generate.Answerer.load(generate._options(["--checkpoint", str(here), "--chat", "--max_tokens", "4"]))
+    pictures, reused, out = here / "pictures", [], io.StringIO()
+    lines = iter(["red", f"/image {pictures / '0.png'}", "blue", f"/image {pictures / '2.png'}", "<image> red", "<image> <image>", "/quit"])
+
+    def read(prompt):
+        reused.append(answerer.session.reused)
+        return next(lines)
+    turns = generate.chat(answerer, read=read, out=out)
+    assert [turn["image"] and turn["image"][-5:] for turn in turns] == [None, "0.png", "2.png"] and "error: " in out.getvalue()
+    assert reused[1] == 0 < reused[3] < reused[5]
+    messages = [{"role": "user", "content": "red"}, {"role": "assistant", "content": turns[0]["answer"]},
+                {"role": "user", "content": [{"type": "image", "image": (pictures / "0.png").read_bytes()}, {"type": "text", "text": "blue"}]}]
+    whole = decode(model, params, generate.document_inputs(answerer, messages), max_tokens=4, eos=generate.end_ids(loaded))
+    assert generate.Known(processor).decode(whole.answers()[0]) == turns[1]["answer"]

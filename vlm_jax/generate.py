@@ -1,8 +1,8 @@
 """Answers with a generating model: `python -m vlm_jax.generate --checkpoint DIR --image cat.png --prompt "caption en"`.
 
 DIR is a workdir of a run or a folder in Hugging Face's layout. `--image` may be a folder: one JSON line a picture. Without it the prompt is a text alone.
-`--chat` talks in the terminal: /image PATH shows a picture, /reset begins anew, /quit (or Ctrl-D) ends; Ctrl-C ends an answer. A model with a chat template
-remembers the conversation, its pictures included, and reads of each turn only what is new.
+`--chat` talks in the terminal: /image PATH shows a picture, /reset begins anew, /quit (or Ctrl-D) ends; Ctrl-C ends an answer. A model with a chat template,
+or one that reads interleaved documents, remembers the conversation, its pictures included, and reads of each turn only what is new.
 """
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -116,11 +116,16 @@ class Answerer:
         if options.chat and Path(options.checkpoint).is_dir():
             from vlm_jax.data.chat import load_template
             template = load_template(options.checkpoint)
-        session = None
-        if template is not None and options.beams == 1:
+        answerer = cls(loaded, end_ids(loaded), options.max_tokens, choice, options.stop, options.beams, template)
+        if options.chat and answerer.remembers and options.beams == 1:
             from vlm_jax.decoding.session import Session
-            session = Session(loaded.model, loaded.params)
-        return cls(loaded, end_ids(loaded), options.max_tokens, choice, options.stop, options.beams, template, session)
+            answerer.session = Session(loaded.model, loaded.params)
+        return answerer
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a chat is one text: of a chat template, or an interleaved document."""
+        return self.template is not None or getattr(self.loaded.processor.format, "kind", None) == "interleaved"
 
     def inputs(self, image: Any, prompt: str, formatted: bool = False) -> dict[str, Any]:
         """The inputs of one prompt, with a batch axis; `formatted`: it holds its marks already, as a chat template writes them, and `image` is a list of the
@@ -269,8 +274,8 @@ def chat(answerer: Answerer, *, first_image: str | None = None, system: str | No
          out: TextIO | None = None) -> list[dict[str, Any]]:
     """Talks until /quit or the end of the input; returns the turns.
 
-    A model with a chat template answers to the whole conversation, where a picture belongs to the question after it; one without (PaliGemma, PaLI) to each
-    question alone, about the picture that is shown.
+    A model with a chat template, or one that reads interleaved documents (Flamingo), answers to the whole conversation, where a picture belongs to the question
+    after it; another (PaliGemma, PaLI) to each question alone, about the picture that is shown.
 
     Args:
       first_image: a picture to begin with.
@@ -309,7 +314,7 @@ def chat(answerer: Answerer, *, first_image: str | None = None, system: str | No
                 answer = _turn(answerer, messages, image, line, question, out)
                 messages = [*messages, question, {"role": "assistant", "content": answer}]
                 turns.append({"image": shown, "prompt": line, "answer": answer})
-                if answerer.template is not None:
+                if answerer.remembers:
                     image, shown = None, None
         except (ConfigError, DataError) as error:   # of this question, not of the conversation
             print(f"error: {error}", file=out)
@@ -319,10 +324,12 @@ def _turn(answerer: Answerer, messages: Sequence[dict[str, Any]], image: Any, li
     """Asks and writes the answer as it comes; Ctrl-C ends it. Returns what was said."""
     said: list[str] = []
     try:
-        if answerer.template is None:
-            inputs = answerer.inputs(image, line)
-        else:
+        if answerer.template is not None:
             inputs = conversation_inputs(answerer, [*messages, question])
+        elif answerer.remembers:
+            inputs = document_inputs(answerer, [*messages, question])
+        else:
+            inputs = answerer.inputs(image, line)
         for piece in answerer.pieces(inputs):
             print(piece, end="", file=out, flush=True)
             said.append(piece)
@@ -351,6 +358,27 @@ def conversation_inputs(answerer: Answerer, messages: Sequence[dict[str, Any]]) 
                     for message in messages]
     text = render(answerer.template, messages, add_generation_prompt=True, **marks)
     return answerer.inputs(images or None, text, formatted=True)
+
+
+def document_inputs(answerer: Answerer, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The inputs of a conversation as one interleaved document, in which a chunk ends behind every answer.
+
+    Args:
+      messages: as of `conversation_inputs`.
+    Raises:
+      DataError: for a mark of a picture in a text that has none.
+    """
+    from vlm_jax.data.documents import plain_segments, text_segment
+    processor = answerer.loaded.processor
+    segments: list[dict[str, Any]] = []
+    for message in messages:
+        parts = message["content"] if not isinstance(message["content"], str) else [{"type": "text", "text": message["content"]}]
+        if message["role"] == "assistant":
+            segments += [text_segment(parts[0]["text"]), {"kind": "chunk_end"}]
+        else:
+            picture = next((part["image"] for part in parts if part["type"] == "image"), None)
+            segments += plain_segments({"image": picture, "prompt": parts[-1]["text"]}, None, processor.format.image_marker)
+    return {key: value[None] for key, value in processor.document(segments).items()}
 
 
 def _name_of(tokenizer: Any, number: int | None) -> str:

@@ -26,7 +26,11 @@ def published_arg(arg: str | None) -> ml.ConfigDict:
 
 
 def published_streams(folder: str) -> dict:
-    """Flamingo's four sets with their loss weights (appendix B.1.1), read from tar shards; batch sizes are chosen here."""
+    """Flamingo's four sets with their loss weights (appendix B.1.1), read from tar shards; batch sizes are chosen here.
+
+    The paper's weights multiply sums over the tokens of a document, ours means over target tokens (`GenerationTask`), so that a page, whose tokens are many,
+    weighs less beside a pair here than there; how long the documents of its sets are on average, which the translation needs, is not published.
+    """
     def pairs(name: str, space: float) -> dict:
         return dict(name="image_text_order", source=dict(name="tar", path=f"{folder}/{name}-*.tar"), text_first=0.0, space=space)
 

@@ -126,3 +126,52 @@ def test_tokens_that_see_what_comes_after_them_are_read_again():
     for text in ([3, 1, 4], [3, 1, 4, 1]):
         prefix = {**pad_rows([text]), "prefix": np.ones((1, len(text)), bool)}
         assert said(session, prefix) == walk(PARAMS, text, 6) and (session.reused, session.read) == (0, len(text))
+
+
+def interleaved(parts):
+    """The inputs of text (lists of ids) and pictures (their numbers), which a mark stands for and the text behind them reads."""
+    pictures = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    tokens, index, seen = [], [], []
+    for part in parts:
+        seen += [part] if isinstance(part, int) else []
+        tokens += [30] if isinstance(part, int) else part
+        index += [len(seen) - 1] * (len(tokens) - len(index))
+    return {"tokens": np.array([tokens], np.int32), "valid": np.ones((1, len(tokens)), bool), "media_index": np.array([index], np.int32),
+            "images": pictures[seen][None] if seen else np.zeros((1, 1, 8, 8, 3), np.float32)}
+
+
+def test_pictures_that_text_reads_through_attention_are_read_once():
+    model = registry.build("flamingo", image=dict(image_size=8, patch_size=4, width=8, depth=1, mlp_dim=12, num_heads=2), scan=False,
+                           language=dict(vocab_size=31, width=12, depth=2, mlp_dim=16, num_heads=2), gated=dict(num_heads=2, every=2),
+                           resampler=dict(num_latents=3, depth=1, num_heads=2, head_dim=4))
+    params = jax.tree.map(lambda leaf: 3 * leaf, drawn(model))
+    session = Session(model, params)
+
+    def turn(*parts):
+        inputs = interleaved(parts)
+        answer = said(session, inputs, max_tokens=3)
+        assert answer == generate(model, params, inputs, max_tokens=3).answers()[0]
+        return answer
+
+    first = [[5, 6]]
+    first += [turn(*first)]
+    assert session.reused == 0
+    second = [*first, [9], 0, [7, 8]]                       # the first picture comes later, behind a text that reads none
+    second += [turn(*second)]
+    assert (session.reused, session.read) == (4, 5) and session._cache.encoded[2].shape == (1, 3)
+    third = [*second, [2]]                                  # text alone goes on reading the picture that was read last
+    third += [turn(*third)]
+    assert (session.reused, session.read) == (11, 2)
+    fourth = [*third, 1, [4], 2, [3]]
+    turn(*fourth)
+    assert (session.reused, session.read) == (15, 5) and session._cache.encoded[2].shape == (1, 9)
+    assert session._reads.tolist() == [-1] * 6 + [0] * 10 + [1, 1, 2, 2, 2, 2]
+    changed = [*third, 1, [4], 3, [3, 1]]                   # another third picture: the two before it are kept, and no more
+    turn(*changed)
+    assert (session.reused, session.read) == (18, 3) and session._cache.encoded[2].shape == (1, 9)
+    other = [*first, [9], 3, *second[3:]]
+    turn(*other)
+    assert session.reused == 6 and session._cache.encoded[2].shape == (1, 3)
+    back = interleaved([*other, [1], 2, [3], 1, [6]])
+    back["media_index"][0, -1] = 0                          # goes back to the first picture, which a cache cannot say
+    assert said(session, back, max_tokens=3) == generate(model, params, back, max_tokens=3).answers()[0] and session.reused == 0

@@ -9,6 +9,7 @@ from vlm_jax import decoding, registry
 from vlm_jax.errors import ConfigError
 from vlm_jax.language.gated_cross_attention import media_segments
 from vlm_jax.models.cross_attention_lm import CrossAttentionLM
+from vlm_jax.training.flops import gradient_flops
 
 IMAGE = dict(image_size=(8, 12), patch_size=4, width=12, depth=1, mlp_dim=20, num_heads=3)
 LANGUAGE = dict(vocab_size=31, width=16, depth=5, mlp_dim=24, num_heads=4, num_kv_heads=2, new_tokens=2)
@@ -65,6 +66,17 @@ def test_scanned_equals_unrolled_wherever_the_blocks_stand(opened, every, first,
     np.testing.assert_allclose(loss(model, params), loss(other, params), rtol=2e-5)
     for a, b in zip(jax.tree.leaves(grad(model, params)), jax.tree.leaves(grad(other, params))):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("every, first", [(2, 0), (2, 1), (3, 2)])
+def test_products_of_nested_loops_are_counted_as_often_as_they_run(every, first):
+    """Groups of layers with a block before each, and the shorter group behind them: as many products as unrolled."""
+    model = MODEL.clone(gated=dict(GATED, every=every, first=first))
+    params = parameter_shapes(model)
+
+    def counted(model):
+        return gradient_flops(lambda params: jnp.sum(model.apply({"params": params}, INPUTS)[0]), params, trained=lambda path: not path.startswith("language"))
+    assert counted(model) == pytest.approx(counted(model.clone(scan=False)), rel=1e-6) and counted(model) > 0
 
 
 def test_a_picture_changes_nothing_before_its_text(opened, apply):

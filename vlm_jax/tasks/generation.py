@@ -33,7 +33,9 @@ class GenerationTask:
     Attributes:
       model: see docs/architecture.md, "Generative models".
       label_smoothing, z_loss: see `losses.vocabulary_loss`.
-      stream_weights: ((stream, factor of its loss), ...); streams that are not named count 1.
+      stream_weights: ((stream, factor of its loss), ...); streams that are not named count 1. The loss of a step is the sum over streams of factor times the
+        mean over the stream's target tokens of their cross-entropy, so that neither batch sizes nor lengths weigh. (Flamingo's objective, section 2.4, has
+        the sum over the tokens of a document in the place of the mean: its factors times the target tokens of a document, as they are on average, are ours.)
       mesh: the device mesh; None is one device, or the mesh entered by `jax.set_mesh`.
     """
     model: Any
