@@ -34,6 +34,7 @@ def test_it_runs_and_shows_a_picture(path, tmp_path, monkeypatch):
     for name in ("VLM_JAX_RUN", "VLM_JAX_WEIGHTS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VLM_JAX_COMPILE_CACHE", str(tmp_path / "compiled"))
+    monkeypatch.setenv("VLM_JAX_STEPS", "4")            # that it runs, not that it learns
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
