@@ -259,7 +259,7 @@ idefics_processor = Processor(
     image=[["decode", {}], ["resize", dict(size=24, method="bicubic")], ["value_range", dict(low=0.0, high=1.0)]],
     text=[["tokenize", dict(tokenizer=idefics_words)]],
     format=dict(kind="interleaved", length=64, pictures=5, begin="<s>", chunk_end=False, image_text=f"{AROUND}<image>{AROUND}"))
-idefics_settings = dict(name="idefics", preset="test", language=dict(vocab_size=idefics_processor.vocab_size - 2, new_tokens=2))
+idefics_settings = dict(name="idefics", preset="test", language=dict(vocab_size=idefics_processor.vocab_size - 2, depth=4, new_tokens=2))
 idefics = registry.build(**idefics_settings)
 shapes = {name: np.zeros((1, *shape), np.float32 if name == "images" else np.int32) for name, shape in idefics.input_shapes().items()}
 idefics_params = jax.jit(idefics.init)(jax.random.key(1), shapes)["params"]

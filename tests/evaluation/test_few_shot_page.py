@@ -81,7 +81,7 @@ def test_idefics(place, monkeypatch):
     monkeypatch.chdir(place)
     around = "<fake_token_around_image>"
     made = Processor(**processor(["<s>", around, "<image>"], chunk_end=False, image_text=f"{around}<image>{around}"))
-    settings = registry.settings("idefics", "test", language=dict(vocab_size=made.vocab_size - 2, new_tokens=2))
+    settings = registry.settings("idefics", "test", language=dict(vocab_size=made.vocab_size - 2, depth=4, new_tokens=2))
     model = registry.build("idefics", **settings)
     inputs = {name: np.zeros((1, *shape), np.float32 if name == "images" else np.int32) for name, shape in model.input_shapes().items()}
     params = jax.jit(model.init)(jax.random.key(0), inputs)["params"]
