@@ -185,7 +185,7 @@ config = dict(
     name="flamingo_notebook", seed=0, model=model_settings, processor=settings, task=dict(name="generation"),
     stages=[dict(
         steps=int(os.environ.get("VLM_JAX_STEPS", 400)), data=dict(episodes=dict(source=training, batch_size=16)), train=[(".*", {})],
-        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=0.0), schedule=dict(name="cosine", peak=3e-3, warmup=5), clip=1.0)],
+        optimizer=dict(name="adamw", b1=0.9, b2=0.95, weight_decay=0.0), schedule=dict(name="cosine", peak=3e-3, warmup=4), clip=1.0)],
     checkpoint=dict(every=1000, keep=1), log_every=100)
 summary = train(config, workdir)
 run = vlm_jax.load(workdir)

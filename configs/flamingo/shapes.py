@@ -77,7 +77,7 @@ def get_config(arg=None):
         train=[(r"(resampler|gated)/.*", {}), (r"language/new_.*", {}), (r".*", None)], **adamw(1e-3, 100))
     config.stages = [vision, language, flamingo]
     shots = [0, 1] if test else [0, 4, 8]
-    asked = dict(name="shapes_episodes", split="validation", size=size, kinds=["binding"], ways=2, shots=shots[-1], count=8 if test else 200)
+    asked = dict(name="shapes_episodes", split="validation", size=size, kinds=["binding"], ways=2, shots=max(2, shots[-1]), count=8 if test else 200)
     # At the end: the stages before cannot answer.
     config.evaluations = dict(few_shot=dict(evaluator="few_shot", source=asked, shots=shots, every=6 if test else 10_000))
     config.checkpoint = dict(every=2 if test else 250, keep=2)

@@ -171,7 +171,7 @@ def test_pictures_that_text_reads_through_attention_are_read_once():
     assert (session.reused, session.read) == (18, 3) and session._cache.encoded[2].shape == (1, 9)
     other = [*first, [9], 3, *second[3:]]
     turn(*other)
-    assert session.reused == 6 and session._cache.encoded[2].shape == (1, 3)
+    assert session.reused == 6 and session._cache.encoded[2].shape == (1, 6)   # the new picture and the first one, behind it
     back = interleaved([*other, [1], 2, [3], 1, [6]])
     back["media_index"][0, -1] = 0                          # goes back to the first picture, which a cache cannot say
     assert said(session, back, max_tokens=3) == generate(model, params, back, max_tokens=3).answers()[0] and session.reused == 0
